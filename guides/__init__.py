@@ -1,0 +1,9 @@
+"""The inference half: guides for any model."""
+
+from guides import families
+from guides.amortized import Amortized
+from guides.exact import Exact
+from guides.fitting import Choices, for_model
+from guides.local import Local
+
+__all__ = ["Amortized", "Choices", "Exact", "Local", "families", "for_model"]

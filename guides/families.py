@@ -1,0 +1,495 @@
+"""Families: the distribution that a guide gives a latent, as a function of parameters.
+
+A family is built for one site and becomes a module: from `size` numbers to a distribution over one
+value of that site. Where the numbers come from, a network or a table, is the guide's business.
+"""
+
+from __future__ import annotations
+
+import abc
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import pyro.distributions as dist
+import torch
+import zuko
+from jaxtyping import Float
+from pyro.contrib.zuko import ZukoToPyro
+from torch import Size, Tensor, nn
+from torch.distributions import biject_to, constraints
+from torch.distributions import transforms as T
+
+from ppl_models.core.sites import Site, base_support, describe
+from ppl_models.core.types import Distribution
+
+
+class Conditional(nn.Module, abc.ABC):
+    """A distribution over one value of a site, as a function of `size` numbers.
+
+    Attributes:
+        size: The numbers it takes.
+    """
+
+    size: int
+
+    @abc.abstractmethod
+    def forward(self, parameters: Float[Tensor, "*batch P"]) -> Distribution:
+        """Return a distribution with batch shape `*batch` and the event shape of the site."""
+
+    def initial(self) -> Float[Tensor, " P"]:
+        """Return the numbers that free parameters start from."""
+        return torch.zeros(self.size)
+
+
+class Family(abc.ABC):
+    """A family of distributions, which `build` makes fit for one site."""
+
+    @property
+    def name(self) -> str:
+        """How tables call it."""
+        return type(self).__name__
+
+    @abc.abstractmethod
+    def refuses(self, site: Site) -> str | None:
+        """Say why this family cannot serve a site; None if it can."""
+
+    def build(self, site: Site) -> Conditional:
+        """Make the module that serves one site.
+
+        Raises:
+            ValueError: If the family cannot serve the support of that site.
+        """
+        if reason := self.refuses(site):
+            fitting = ", ".join(family.name for family in ALL if family.refuses(site) is None)
+            raise ValueError(
+                f"family {self.name} cannot serve site '{site.name}': {reason}. "
+                f"Families that can: {fitting or 'none'}. For several sites pass "
+                f"family={{'{site.name}': ...}}; sites left out get a default."
+            )
+        return self._build(site)
+
+    @abc.abstractmethod
+    def _build(self, site: Site) -> Conditional: ...
+
+
+# --- normal families, on the unconstrained space ------------------------------------------------
+
+
+class _Unconstrained(Family):
+    """Lives on the unconstrained space, and is carried to the support by a bijection."""
+
+    def refuses(self, site: Site) -> str | None:
+        if site.discrete:
+            return f"its support, {describe(site.support)}, is discrete"
+        try:
+            biject_to(site.support)
+        except NotImplementedError:
+            return f"torch has no bijection from a real vector to its support, {site.support}"
+        return None
+
+
+@dataclass(frozen=True)
+class Normal(_Unconstrained):
+    r"""Diagonal normal: log-normal on positive sites, logistic normal on simplices, and so on.
+
+    Its numbers are loc and :math:`\log \sigma^2`, as in the lecture.
+    """
+
+    def _build(self, site: Site) -> Conditional:
+        return _DiagonalNormal(site)
+
+
+@dataclass(frozen=True)
+class LowRankNormal(_Unconstrained):
+    r"""Normal with covariance :math:`F F^T + \mathrm{diag}(\sigma^2)`.
+
+    Arguments:
+        rank: Columns of :math:`F`.
+    """
+
+    rank: int = 2
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"LowRankNormal: rank must be at least 1, got {self.rank}.")
+
+    def _build(self, site: Site) -> Conditional:
+        return _LowRankNormal(site, self.rank)
+
+
+@dataclass(frozen=True)
+class FullNormal(_Unconstrained):
+    """Normal with a full covariance matrix, by its Cholesky factor."""
+
+    def _build(self, site: Site) -> Conditional:
+        return _FullNormal(site)
+
+
+class Flow(_Unconstrained):
+    """A normalising flow by zuko, conditional on the numbers it is given.
+
+    Arguments:
+        flow: Makes a flow from `features`, `context` and options, such as `zuko.flows.MAF`, the
+            default, `zuko.flows.NSF`, or your own.
+        context: Numbers that the flow is conditional on.
+        inverse: Draw in one pass and score other values slowly (an inverse autoregressive flow),
+            which is what variational inference needs; False is the other way round.
+        options: Passed to `flow`, such as `transforms=3, hidden_features=(64, 64)`.
+
+    Source:
+        Kingma et al. (2016), https://arxiv.org/abs/1606.04934; Papamakarios, Pavlakou & Murray
+        (2017), https://arxiv.org/abs/1705.07057; Durkan et al. (2019),
+        https://arxiv.org/abs/1906.04032
+    """
+
+    def __init__(
+        self,
+        flow: Callable[..., nn.Module] = zuko.flows.MAF,
+        *,
+        context: int = 16,
+        inverse: bool = True,
+        **options: Any,
+    ) -> None:
+        if context < 1:
+            raise ValueError(f"Flow: context must be at least 1, got {context}.")
+        self.flow = flow
+        self.context = context
+        self.inverse = inverse
+        self.options = options
+
+    def refuses(self, site: Site) -> str | None:
+        """Say why a flow cannot serve a site; None if it can."""
+        return super().refuses(site)
+
+    def _build(self, site: Site) -> Conditional:
+        return _Flow(site, self)
+
+    def __repr__(self) -> str:
+        return f"Flow({getattr(self.flow, '__name__', self.flow)}, context={self.context})"
+
+
+# --- families for one support ----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _OneSupport(Family):
+    """Serves the sites whose elements have one kind of support."""
+
+    def refuses(self, site: Site) -> str | None:
+        base, _ = base_support(site.support)
+        if self._serves(base):
+            return None
+        return f"its support is {describe(site.support)}, and {self.name} needs {self._wants}"
+
+    _wants = ""
+
+    def _serves(self, base: constraints.Constraint) -> bool:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Gamma(_OneSupport):
+    """Gamma, for positive sites; its numbers are log concentration and log rate."""
+
+    _wants = "positive values"
+
+    def _serves(self, base: constraints.Constraint) -> bool:
+        return _is_half_line(base)
+
+    def _build(self, site: Site) -> Conditional:
+        return _Elementwise(site, 2, lambda a, b: dist.Gamma(a.exp(), b.exp()))
+
+
+@dataclass(frozen=True)
+class Beta(_OneSupport):
+    """Beta, for sites in the unit interval; its numbers are the logs of both concentrations."""
+
+    _wants = "values in the unit interval"
+
+    def _serves(self, base: constraints.Constraint) -> bool:
+        return isinstance(base, type(constraints.unit_interval)) and (
+            base.lower_bound == 0 and base.upper_bound == 1
+        )
+
+    def _build(self, site: Site) -> Conditional:
+        return _Elementwise(site, 2, lambda a, b: dist.Beta(a.exp(), b.exp()))
+
+
+@dataclass(frozen=True)
+class Dirichlet(_OneSupport):
+    """Dirichlet, for simplices; its numbers are log concentrations."""
+
+    _wants = "values on a simplex"
+
+    def _serves(self, base: constraints.Constraint) -> bool:
+        return base is constraints.simplex
+
+    def _build(self, site: Site) -> Conditional:
+        return _Lastwise(site, site.event_shape[-1], lambda a: dist.Dirichlet(a.exp()))
+
+
+@dataclass(frozen=True)
+class Bernoulli(_OneSupport):
+    """Bernoulli, for binary sites; its numbers are logits."""
+
+    _wants = "binary values"
+
+    def _serves(self, base: constraints.Constraint) -> bool:
+        return base is constraints.boolean
+
+    def _build(self, site: Site) -> Conditional:
+        return _Elementwise(site, 1, lambda logits: dist.Bernoulli(logits=logits))
+
+
+@dataclass(frozen=True)
+class Categorical(_OneSupport):
+    """Categorical, for sites with values 0, 1, ..., n; its numbers are logits."""
+
+    _wants = "integers from 0 to a bound that is the same everywhere"
+
+    def _serves(self, base: constraints.Constraint) -> bool:
+        return isinstance(base, constraints.integer_interval) and _upper(base) is not None
+
+    def _build(self, site: Site) -> Conditional:
+        upper = _upper(base_support(site.support)[0])
+        assert upper is not None
+        return _Lastwise(
+            site, upper + 1, lambda logits: dist.Categorical(logits=logits), appended=True
+        )
+
+
+@dataclass(frozen=True)
+class OneHotCategorical(_OneSupport):
+    """Categorical in one-hot form; its numbers are logits."""
+
+    _wants = "one-hot vectors"
+
+    def _serves(self, base: constraints.Constraint) -> bool:
+        return base is constraints.one_hot
+
+    def _build(self, site: Site) -> Conditional:
+        make = lambda logits: dist.OneHotCategorical(logits=logits)
+        return _Lastwise(site, site.event_shape[-1], make)
+
+
+@dataclass(frozen=True)
+class Poisson(_OneSupport):
+    """Poisson, for counts without a bound; its numbers are log rates."""
+
+    _wants = "non-negative integers"
+
+    def _serves(self, base: constraints.Constraint) -> bool:
+        return base is constraints.nonnegative_integer
+
+    def _build(self, site: Site) -> Conditional:
+        return _Elementwise(site, 1, lambda log_rate: dist.Poisson(log_rate.exp()))
+
+
+#: Every family, the default for a support first.
+ALL: tuple[Family, ...] = (
+    Normal(),
+    LowRankNormal(),
+    FullNormal(),
+    Flow(),
+    Gamma(),
+    Beta(),
+    Dirichlet(),
+    Bernoulli(),
+    Categorical(),
+    OneHotCategorical(),
+    Poisson(),
+)
+
+
+def default(site: Site) -> Family:
+    """Return the family that a site gets unless the user chooses one.
+
+    Raises:
+        ValueError: If no family can serve it.
+    """
+    for family in ALL:
+        if family.refuses(site) is None:
+            return family
+    raise ValueError(
+        f"no family can serve site '{site.name}' with support {describe(site.support)}. Write a "
+        "`families.Family` for it and pass family={'" + site.name + "': YourFamily()}."
+    )
+
+
+# --- the modules -------------------------------------------------------------------------------
+
+
+class _Bijected(Conditional):
+    """What the normal families share: the way from a flat real vector to the support."""
+
+    def __init__(self, site: Site) -> None:
+        super().__init__()
+        support = site.support
+        self._is_real = base_support(support)[0] is constraints.real
+        self._bijection = None if self._is_real else biject_to(support)
+        self._shape = Size(
+            site.event_shape
+            if self._bijection is None
+            else self._bijection.inverse_shape(site.event_shape)
+        )
+        self.features = math.prod(self._shape)
+
+    def _carry(self, base: Distribution, *, flat: bool = True) -> Distribution:
+        """Carry a distribution over the unconstrained space to the support."""
+        steps: list[Any] = []
+        if flat and len(self._shape) != 1:
+            steps.append(T.ReshapeTransform(Size((self.features,)), self._shape))
+        if self._bijection is not None:
+            steps.append(self._bijection)
+        return dist.TransformedDistribution(base, steps) if steps else base
+
+
+class _DiagonalNormal(_Bijected):
+    def __init__(self, site: Site) -> None:
+        super().__init__(site)
+        self.size = 2 * self.features
+
+    def forward(self, parameters: Tensor) -> Distribution:
+        shape = (*parameters.shape[:-1], *self._shape)
+        loc, log_square = parameters.split(self.features, dim=-1)
+        base = dist.Normal(loc.reshape(shape), (log_square.reshape(shape) / 2).exp())
+        return self._carry(base.to_event(len(self._shape)), flat=False)
+
+    def initial(self) -> Tensor:
+        return _loc_and_log_square(self.features)
+
+
+class _LowRankNormal(_Bijected):
+    def __init__(self, site: Site, rank: int) -> None:
+        super().__init__(site)
+        self.rank = rank
+        self.size = self.features * (2 + rank)
+
+    def forward(self, parameters: Tensor) -> Distribution:
+        n = self.features
+        loc, log_square, factor = parameters.split([n, n, n * self.rank], dim=-1)
+        factor = factor.reshape(*factor.shape[:-1], n, self.rank)
+        return self._carry(dist.LowRankMultivariateNormal(loc, factor, log_square.exp()))
+
+    def initial(self) -> Tensor:
+        # At a factor of 0 its gradient is 0, too: start beside it.
+        factor = 0.01 * torch.randn(self.features * self.rank)
+        return torch.cat([_loc_and_log_square(self.features), factor])
+
+
+class _FullNormal(_Bijected):
+    def __init__(self, site: Site) -> None:
+        super().__init__(site)
+        n = self.features
+        self.size = 2 * n + n * (n - 1) // 2
+        # Where each element below the diagonal comes from; all others point at an appended 0.
+        order = torch.full((n, n), n * (n - 1) // 2)
+        rows, columns = torch.tril_indices(n, n, -1)
+        order[rows, columns] = torch.arange(len(rows))
+        self.register_buffer("_order", order, persistent=False)
+
+    def forward(self, parameters: Tensor) -> Distribution:
+        n = self.features
+        loc, log_square, below = parameters.split([n, n, self.size - 2 * n], dim=-1)
+        padded = torch.nn.functional.pad(below, (0, 1))
+        factor = padded[..., self._order] + torch.diag_embed((log_square / 2).exp())
+        return self._carry(dist.MultivariateNormal(loc, scale_tril=factor))
+
+    def initial(self) -> Tensor:
+        rest = torch.zeros(self.size - 2 * self.features)
+        return torch.cat([_loc_and_log_square(self.features), rest])
+
+
+class _Flow(_Bijected):
+    def __init__(self, site: Site, family: Flow) -> None:
+        super().__init__(site)
+        self.size = family.context
+        flow = family.flow(features=self.features, context=family.context, **family.options)
+        self.flow = flow
+        self._inverse = family.inverse
+
+    def forward(self, parameters: Tensor) -> Distribution:
+        flow = self.flow(parameters)
+        if self._inverse:
+            flow = zuko.distributions.NormalizingFlow(flow.transform.inv, flow.base)
+        return self._carry(_Zuko(flow))
+
+    def initial(self) -> Tensor:
+        return 0.1 * torch.randn(self.size)
+
+
+class _Zuko(ZukoToPyro):
+    """A zuko flow that can be the base of a transformed distribution."""
+
+    arg_constraints: ClassVar[dict[str, Any]] = {}
+
+    @property
+    def support(self) -> constraints.Constraint:
+        return constraints.real_vector
+
+    def rsample(self, sample_shape: Any = ()) -> Tensor:
+        return self(sample_shape)
+
+    def sample(self, sample_shape: Any = ()) -> Tensor:
+        with torch.no_grad():
+            return self(sample_shape)
+
+    def expand(self, batch_shape: Size, _instance: Any = None) -> _Zuko:
+        return _Zuko(self.dist.expand(Size(batch_shape)))
+
+
+class _Elementwise(Conditional):
+    """A distribution over each element, from a few numbers each."""
+
+    def __init__(self, site: Site, numbers: int, make: Callable[..., Distribution]) -> None:
+        super().__init__()
+        self._shape = site.event_shape
+        self._numbers = numbers
+        self._make = make
+        self.size = numbers * math.prod(self._shape)
+
+    def forward(self, parameters: Tensor) -> Distribution:
+        shape = (*parameters.shape[:-1], self._numbers, *self._shape)
+        numbers = parameters.reshape(shape).unbind(-len(self._shape) - 1)
+        return self._make(*numbers).to_event(len(self._shape))
+
+
+class _Lastwise(Conditional):
+    """A distribution whose numbers are a vector in the last dimension, such as logits."""
+
+    def __init__(
+        self,
+        site: Site,
+        numbers: int,
+        make: Callable[[Tensor], Distribution],
+        *,
+        appended: bool = False,
+    ) -> None:
+        super().__init__()
+        outer = site.event_shape if appended else site.event_shape[:-1]
+        self._shape = (*outer, numbers)
+        self._make = make
+        self.size = math.prod(self._shape)
+
+    def forward(self, parameters: Tensor) -> Distribution:
+        numbers = parameters.reshape(*parameters.shape[:-1], *self._shape)
+        return self._make(numbers).to_event(len(self._shape) - 1)
+
+
+def _loc_and_log_square(features: int) -> Tensor:
+    """Start free normal parameters at 0, with a scale of 0.1."""
+    return torch.cat([torch.zeros(features), torch.full((features,), 2 * math.log(0.1))])
+
+
+def _is_half_line(base: constraints.Constraint) -> bool:
+    half_lines = (type(constraints.positive), type(constraints.nonnegative))
+    return isinstance(base, half_lines) and not torch.as_tensor(base.lower_bound).any()
+
+
+def _upper(base: Any) -> int | None:
+    low, high = torch.as_tensor(base.lower_bound), torch.as_tensor(base.upper_bound)
+    if low.any() or (high != high.flatten()[0]).any():
+        return None
+    return int(high.flatten()[0])

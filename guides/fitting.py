@@ -1,0 +1,109 @@
+"""Which guides fit a model, and why the others do not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from guides import families
+from guides.amortized import Amortized
+from guides.exact import Exact
+from guides.local import Local
+from ppl_models.core.batch import as_batch
+from ppl_models.core.sites import describe, example_batch, site_table
+from ppl_models.core.table import text_table
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One guide, or one family for one site.
+
+    Attributes:
+        name: What to write.
+        fits: Whether it can serve the model.
+        why: The reason if not, and what it is good for if so.
+        site: The latent that a family is for; empty for a guide.
+    """
+
+    name: str
+    fits: bool
+    why: str
+    site: str = ""
+
+
+@dataclass(frozen=True)
+class Choices:
+    """The guides and families of a model; prints as a table."""
+
+    choices: tuple[Choice, ...]
+
+    def __iter__(self) -> Iterator[Choice]:
+        return iter(self.choices)
+
+    def __len__(self) -> int:
+        return len(self.choices)
+
+    @property
+    def fitting(self) -> tuple[str, ...]:
+        """Names of the guides that fit."""
+        return tuple(c.name for c in self.choices if c.fits and not c.site)
+
+    def __str__(self) -> str:
+        blocks = [
+            text_table(
+                ("guide", "fits", "why"),
+                [(c.name, "yes" if c.fits else "no", c.why) for c in self.choices if not c.site],
+            )
+        ]
+        for site in dict.fromkeys(c.site for c in self.choices if c.site):
+            rows = [c for c in self.choices if c.site == site]
+            default = next((c.name for c in rows if c.fits), "none")
+            title = f"family for '{site}' (default {default})"
+            cells = [(f"  {c.name}", "yes" if c.fits else "no", c.why) for c in rows]
+            blocks.append(text_table((title, "fits", "why"), cells))
+        return "\n\n".join(blocks)
+
+
+def for_model(model: Callable[..., Any], *, example: Any = None, plate: str = "data") -> Choices:
+    """List the guides that fit a model, and why the others do not.
+
+    Arguments:
+        model: Any Pyro model.
+        example: A batch of two or more rows to trace the model with; required unless the model can
+            draw one with `model(size=2)`.
+        plate: Name of the plate over rows.
+
+    Example:
+        >>> from ppl_models import VAE
+        >>> for_model(VAE(data_dim=4, latent_dim=2)).fitting
+        ('Amortized(model)', 'Local(model, rows=len(x))')
+    """
+    batch = as_batch(example_batch(model, example), model)
+    table = site_table(model, *batch, plate=plate)
+    tries: list[tuple[str, Callable[[], Any], str]] = [
+        (
+            "Amortized(model)",
+            lambda: Amortized(model, example=batch, plate=plate, hidden=()),
+            "a network reads each row; serves new rows at once",
+        ),
+        (
+            "Local(model, rows=len(x))",
+            lambda: Local(model, rows=len(batch[0]) if batch else 1, example=batch, plate=plate),
+            "free parameters for each row; new rows need refine(x)",
+        ),
+        ("Exact(model)", lambda: Exact(model, example=batch, plate=plate), "the posterior itself"),
+    ]
+    choices = []
+    for name, make, good_for in tries:
+        try:
+            make()
+            choices.append(Choice(name, True, good_for))
+        except ValueError as error:
+            choices.append(Choice(name, False, str(error).partition(": ")[2]))
+    for site in table.latents:
+        for family in families.ALL:
+            reason = family.refuses(site)
+            why = f"serves {describe(site.support)}" if reason is None else reason
+            choices.append(Choice(f"families.{family.name}()", reason is None, why, site.name))
+    return Choices(tuple(choices))

@@ -1,0 +1,222 @@
+"""Ready-made models and pairs, by name: tests, benchmarks and the command line iterate them."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import pyro.distributions as dist
+import zuko
+from torch import Tensor, nn
+
+from guides import families
+from guides.amortized import Amortized
+from guides.exact import Exact
+from guides.local import Local
+from ppl_models.core.random import seeded
+from ppl_models.core.sites import example_batch
+from ppl_models.core.types import Batch
+from ppl_models.data import Dataset
+from ppl_models.parts.likelihoods import Categorical, Gaussian
+from ppl_models.parts.priors import bayesian
+from ppl_models.ppca import PPCA
+from ppl_models.vae import VAE
+
+Entry = TypeVar("Entry")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A small model and a guide for it, ready to run.
+
+    Attributes:
+        name: Its name.
+        model: Makes the model.
+        guide: Makes the guide from the model and the number of rows.
+        batch: Draws a batch of some rows from the model.
+        evidence: Log p(x) of each row, nats, where it is known.
+        sampled: Whether MCMC can sample its latents: whether all are continuous.
+        row_wise: Whether all its latents are local, so that each row is a target of its own.
+    """
+
+    name: str
+    model: Callable[[], Any]
+    guide: Callable[[Any, int], Any]
+    batch: Callable[[Any, int], Batch] = lambda model, rows: example_batch(model, size=rows)
+    evidence: Callable[[Any, Batch], Tensor] | None = None
+    sampled: bool = True
+    row_wise: bool = True
+
+
+@dataclass(frozen=True)
+class ModelEntry:
+    """A model that the command line can build for a data set.
+
+    Attributes:
+        name: Its name.
+        summary: What it is, in a line.
+        build: Makes it for a data set.
+        binarize: How the data must be made binary for it; None if they need not be.
+        guides: Guides that `compare` takes unless told otherwise.
+    """
+
+    name: str
+    summary: str
+    build: Callable[[Dataset], Any]
+    binarize: str | None
+    guides: tuple[str, ...]
+
+
+def _ppca() -> PPCA:
+    return PPCA(data_dim=5, latent_dim=2)
+
+
+def _vae(**options: Any) -> VAE:
+    return VAE(data_dim=6, latent_dim=2, hidden=(8,), **options)
+
+
+def _convolutional_vae() -> VAE:
+    decoder = nn.Sequential(
+        nn.Linear(2, 4 * 2 * 2),
+        nn.Unflatten(-1, (4, 2, 2)),
+        nn.Tanh(),
+        nn.ConvTranspose2d(4, 1, kernel_size=2, stride=2),
+    )
+    return VAE(data_dim=(1, 4, 4), latent_dim=2, decoder=decoder)
+
+
+def _convolutional_guide(model: Any, rows: int) -> Amortized:
+    encoder = nn.Sequential(nn.Conv2d(1, 4, kernel_size=2, stride=2), nn.Tanh(), nn.Flatten())
+    return Amortized(model, encoder=encoder)
+
+
+def _ppca_evidence(model: Any, batch: Batch) -> Tensor:
+    return model.log_evidence(*batch)
+
+
+PAIRS: tuple[Pair, ...] = (
+    Pair("ppca-exact", _ppca, lambda model, rows: Exact(model), evidence=_ppca_evidence),
+    Pair(
+        "ppca-amortized",
+        _ppca,
+        lambda model, rows: Amortized(model, hidden=()),
+        evidence=_ppca_evidence,
+    ),
+    Pair("ppca-local", _ppca, lambda model, rows: Local(model, rows=rows), evidence=_ppca_evidence),
+    Pair(
+        "ppca-low-rank",
+        _ppca,
+        lambda model, rows: Local(model, rows=rows, family=families.LowRankNormal(rank=1)),
+        evidence=_ppca_evidence,
+    ),
+    Pair(
+        "ppca-full",
+        _ppca,
+        lambda model, rows: Amortized(model, hidden=(4,), family=families.FullNormal()),
+        evidence=_ppca_evidence,
+    ),
+    Pair(
+        "ppca-bayesian",
+        lambda: bayesian(_ppca(), dist.Normal(0.0, 1.0)),
+        lambda model, rows: Amortized(model, hidden=(4,)),
+        row_wise=False,
+    ),
+    Pair("vae-amortized", _vae, lambda model, rows: Amortized(model, hidden=(8,))),
+    Pair("vae-local", _vae, lambda model, rows: Local(model, rows=rows)),
+    Pair(
+        "vae-maf",
+        _vae,
+        lambda model, rows: Amortized(
+            model,
+            hidden=(8,),
+            family=families.Flow(zuko.flows.MAF, transforms=2, hidden_features=(8,)),
+        ),
+    ),
+    Pair(
+        "vae-nsf",
+        _vae,
+        lambda model, rows: Local(
+            model,
+            rows=rows,
+            family=families.Flow(
+                zuko.flows.NSF, context=4, transforms=1, bins=4, hidden_features=(8,)
+            ),
+        ),
+    ),
+    Pair(
+        "vae-gaussian",
+        lambda: _vae(likelihood=Gaussian(min_scale=0.1)),
+        lambda model, rows: Amortized(model, hidden=(8,)),
+    ),
+    Pair(
+        "vae-categorical",
+        lambda: _vae(likelihood=Categorical(classes=3)),
+        lambda model, rows: Amortized(model, hidden=(8,)),
+    ),
+    Pair("vae-convolutional", _convolutional_vae, _convolutional_guide),
+)
+
+MODELS: Mapping[str, ModelEntry] = {
+    entry.name: entry
+    for entry in (
+        ModelEntry(
+            "ppca",
+            "probabilistic PCA: linear, Gaussian, with an exact posterior",
+            lambda data: PPCA(data.x.shape[-1], 8, noise_scale=0.3),
+            None,
+            ("exact", "amortized", "local"),
+        ),
+        ModelEntry(
+            "vae",
+            "variational autoencoder with Bernoulli pixels",
+            lambda data: VAE(data.x.shape[-1], 8, hidden=(64,)),
+            "threshold",
+            ("amortized", "local", "flow"),
+        ),
+    )
+}
+
+#: Guides by name, made from a model and the number of training rows.
+GUIDES: Mapping[str, Callable[[Any, int], Any]] = {
+    "amortized": lambda model, rows: Amortized(model, hidden=(64,)),
+    "exact": lambda model, rows: Exact(model),
+    "flow": lambda model, rows: Amortized(
+        model, hidden=(64,), family=families.Flow(transforms=2, hidden_features=(32,))
+    ),
+    "full": lambda model, rows: Amortized(model, hidden=(64,), family=families.FullNormal()),
+    "local": lambda model, rows: Local(model, rows=rows),
+    "low-rank": lambda model, rows: Amortized(model, hidden=(64,), family=families.LowRankNormal()),
+}
+
+
+def lookup(kind: str, name: str, known: Mapping[str, Entry]) -> Entry:
+    """Find an entry by name.
+
+    Raises:
+        ValueError: If there is none; the message has the nearest name.
+    """
+    if name in known:
+        return known[name]
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    raise ValueError(
+        f"there is no {kind} {name!r}.{f' Did you mean {near[0]!r}?' if near else ''} "
+        f"Known: {', '.join(known)}."
+    )
+
+
+def build(name: str, data: Dataset, *, seed: int = 0) -> Any:
+    """Build a model by name for a data set.
+
+    Arguments:
+        name: A key of `MODELS`.
+        data: The data set.
+        seed: Of its initial parameters; the global random state is left as it was.
+
+    Raises:
+        ValueError: If there is no such model.
+    """
+    entry = lookup("model", name, MODELS)
+    with seeded(seed):
+        return entry.build(data)

@@ -1,0 +1,1 @@
+"""What a model is: its sites, its minibatches, its batches."""

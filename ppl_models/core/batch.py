@@ -1,0 +1,224 @@
+"""Data from outside: converted once, checked once, refused with a reason."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.distributions import constraints
+
+from ppl_models.core.sites import (
+    Site,
+    SiteTable,
+    argument_names,
+    describe,
+    describe_program,
+    site_table,
+)
+from ppl_models.core.types import Batch
+
+
+def as_batch(data: Any, *programs: Any, device: torch.device | str | None = None) -> Batch:
+    """Turn what a user has into a batch: tensors with the same leading length.
+
+    Arguments:
+        data: A tensor, a numpy array, a `torch.utils.data.Dataset`, or a tuple of tensors and
+            arrays with the same leading length. An empty tuple is a model without data.
+        programs: The model, and its guide. Floating data take the dtype of their parameters and,
+            unless `device` is given, the device. Without parameters, tensors stay as they are and
+            arrays take torch's default dtype.
+        device: Where the batch goes.
+
+    Raises:
+        ValueError: For an empty argument, lengths that differ, NaN, infinity, or data that are not
+            numbers.
+    """
+    arguments = _arguments(data)
+    names = argument_names(programs[0], len(arguments)) if programs else []
+    names = names or [f"argument {i + 1}" for i in range(len(arguments))]
+    like = parameter_like(*programs)
+    batch = tuple(
+        _tensor(value, name, like, device) for value, name in zip(arguments, names, strict=True)
+    )
+    lengths = [len(value) for value in batch]
+    if len(set(lengths)) > 1:
+        listed = ", ".join(f"{name}: {n}" for name, n in zip(names, lengths, strict=True))
+        raise ValueError(
+            f"data: all arguments must have the same number of rows, got {listed}. "
+            "Rows are the first dimension of each."
+        )
+    return batch
+
+
+def check_model(model: Callable[..., Any], batch: Batch, *, plate: str, rows: int) -> SiteTable:
+    """Run a model on the first rows of a batch, and check that the batch is what it describes.
+
+    Arguments:
+        model: Any Pyro model.
+        batch: Its arguments, all rows.
+        plate: Name of the plate over rows.
+        rows: How many rows the model sees at once.
+
+    Returns:
+        The site table of the model on those rows.
+
+    Raises:
+        ValueError: If the model fails on the batch, or an observed site has values of another
+            shape than its distribution's, of integers where it is continuous, or outside its
+            support.
+    """
+    part = tuple(value[:rows] for value in batch)
+    try:
+        table = site_table(model, *part, plate=plate)
+    except Exception as error:
+        names = argument_names(model, len(part))
+        shapes = ", ".join(
+            f"{name} {tuple(value.shape)} {value.dtype}"
+            for name, value in zip(names, part, strict=True)
+        )
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(
+            f"{describe_program(model)} cannot be run on this data. It was called with "
+            f"{shapes or 'no arguments'} and said:\n  {reason}"
+        ) from error
+    names = argument_names(model, len(batch))
+    for site in table.observed:
+        # Rows beyond the first few are checked too, if the site observes an argument as it is.
+        match = next((i for i, value in enumerate(part) if value is site.value), None)
+        if match is None:
+            _check_observed(site, site.value, f"site '{site.name}'")
+        else:
+            _check_observed(site, batch[match], f"argument '{names[match]}' (site '{site.name}')")
+    return table
+
+
+def parameter_like(*programs: Any) -> Tensor | None:
+    """Return the first floating parameter or buffer of the programs, if there is one."""
+    for program in programs:
+        if isinstance(program, nn.Module):
+            for value in [*program.parameters(), *program.buffers()]:
+                if value.is_floating_point():
+                    return value
+    return None
+
+
+def check_device(device: torch.device | str | None) -> torch.device | None:
+    """Return a device that exists here.
+
+    Raises:
+        ValueError: If torch does not know it, or this machine does not have it.
+    """
+    if device is None:
+        return None
+    try:
+        device = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device: torch knows no device {device!r}: {error}") from error
+    if device.type == "cuda" and (
+        not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()
+    ):
+        raise ValueError(
+            f"device: '{device}' was asked for, but torch {torch.__version__} finds "
+            f"{torch.cuda.device_count()} CUDA devices here. Use device='cpu', or install a torch "
+            "built for CUDA."
+        )
+    return device
+
+
+def _arguments(data: Any) -> tuple[Any, ...]:
+    if isinstance(data, torch.utils.data.Dataset):
+        rows = [data[i] for i in range(len(data))]  # pyright: ignore[reportArgumentType]
+        if not rows:
+            raise ValueError("data: the Dataset is empty; at least one row is required.")
+        rows = [row if isinstance(row, tuple | list) else (row,) for row in rows]
+        return tuple(
+            torch.stack([torch.as_tensor(v) for v in column]) for column in zip(*rows, strict=True)
+        )
+    if isinstance(data, tuple | list):
+        return tuple(data)
+    return (data,)
+
+
+def _tensor(
+    value: Any, name: str, like: Tensor | None, device: torch.device | str | None
+) -> Tensor:
+    dtype = like.dtype if like is not None else None
+    if not isinstance(value, Tensor):
+        array = np.asarray(value)
+        if array.dtype.kind not in "fiub":
+            raise ValueError(
+                f"data: argument '{name}' must hold numbers, got {type(value).__name__} of dtype "
+                f"{array.dtype}. Encode categories as numbers first."
+            )
+        value = torch.as_tensor(array)
+        dtype = dtype or torch.get_default_dtype()
+    if value.ndim == 0 or len(value) == 0:
+        raise ValueError(
+            f"data: argument '{name}' must have at least one row, got shape {tuple(value.shape)}."
+        )
+    value = value.detach()
+    if value.is_floating_point():
+        bad = ~torch.isfinite(value)
+        if bad.any():
+            first = tuple(int(i) for i in bad.nonzero()[0])
+            raise ValueError(
+                f"data: argument '{name}' must be finite, but {int(bad.sum())} of {bad.numel()} "
+                f"values are NaN or infinite, the first at {first}. Drop or impute those rows."
+            )
+        value = value.to(dtype or value.dtype)
+    if device is None and like is not None:
+        device = like.device
+    return value.to(device)
+
+
+def _check_observed(site: Site, value: Tensor, what: str) -> None:
+    want = tuple(site.fn.shape())
+    got = tuple(site.value.shape)
+    if got != want:
+        raise ValueError(
+            f"{what}: the model describes values of shape {want} ({_axes(site)}), but got {got}. "
+            "The first dimension is rows; the others must be the model's own."
+        )
+    support = site.support
+    if not value.is_floating_point() and not (
+        support.is_discrete and support is not constraints.boolean
+    ):
+        raise ValueError(
+            f"{what}: {describe_fn(site)} needs floating point values, got {value.dtype}. "
+            "Convert with x.float()."
+        )
+    inside = support.check(value)
+    if not bool(inside.all()):
+        share = 1.0 - inside.double().mean().item()
+        low, high = value.min().item(), value.max().item()
+        hint = (
+            " Binarise first, as load(..., binarize='threshold') does, or choose a likelihood for "
+            "continuous data."
+            if _is_boolean(support)
+            else ""
+        )
+        raise ValueError(
+            f"{what}: {describe_fn(site)} has support '{describe(support)}', but {share:.2%} of "
+            f"the values are outside it (they range from {low:.4g} to {high:.4g}).{hint}"
+        )
+
+
+def describe_fn(site: Site) -> str:
+    """Name the distribution of a site in a message."""
+    fn = site.fn
+    while hasattr(fn, "base_dist") and type(fn).__name__ in ("Independent", "ExpandedDistribution"):
+        fn = fn.base_dist  # pyright: ignore[reportAttributeAccessIssue]
+    return type(fn).__name__
+
+
+def _is_boolean(support: constraints.Constraint) -> bool:
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    return support is constraints.boolean
+
+
+def _axes(site: Site) -> str:
+    return f"plates {tuple(site.batch_shape)}, one value {tuple(site.event_shape)}"

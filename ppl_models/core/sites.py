@@ -1,0 +1,291 @@
+"""What a model is, as far as inference cares: its table of sites."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.poutine.indep_messenger import CondIndepStackFrame
+from pyro.poutine.trace_struct import Trace
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+from torch.distributions import constraints
+
+from ppl_models.core.random import seeded
+from ppl_models.core.store import own_parameters, scratch_store
+from ppl_models.core.table import text_table
+from ppl_models.core.types import Batch, Distribution
+
+
+@dataclass(frozen=True)
+class Site:
+    """One `pyro.sample` statement.
+
+    Attributes:
+        name: Its name.
+        fn: Its distribution, as traced.
+        value: Its value, as traced.
+        observed: Whether it is conditioned on.
+        enumerated: Whether the model marks it to be summed out.
+        plates: Frame of each plate around it, with `name`, `dim` (None for a sequential plate),
+            `size` and, if it subsamples by itself, a larger `full_size`.
+        plate: Name of the plate over rows.
+    """
+
+    name: str
+    fn: Distribution
+    value: Tensor
+    observed: bool
+    enumerated: bool
+    plates: tuple[CondIndepStackFrame, ...]
+    plate: str
+
+    @property
+    def latent(self) -> bool:
+        """Whether a guide must sample it."""
+        return not self.observed and not self.enumerated
+
+    @property
+    def local(self) -> bool:
+        """Whether it is inside the plate over rows."""
+        return any(frame.name == self.plate for frame in self.plates)
+
+    @property
+    def data_dim(self) -> int | None:
+        """Dimension of the plate over rows: None outside it, and where it is sequential."""
+        return next((f.dim for f in self.plates if f.name == self.plate), None)
+
+    @property
+    def support(self) -> constraints.Constraint:
+        """Values that it can take."""
+        return self.fn.support
+
+    @property
+    def discrete(self) -> bool:
+        """Whether its values are discrete."""
+        return self.support.is_discrete
+
+    @property
+    def batch_shape(self) -> torch.Size:
+        """Shape over plates."""
+        return self.fn.batch_shape
+
+    @property
+    def event_shape(self) -> torch.Size:
+        """Shape of one value."""
+        return self.fn.event_shape
+
+
+@dataclass(frozen=True)
+class SiteTable:
+    """The sites of a model, in the order in which the story reaches them."""
+
+    sites: tuple[Site, ...]
+    plate: str
+
+    def __iter__(self) -> Iterator[Site]:
+        return iter(self.sites)
+
+    def __len__(self) -> int:
+        return len(self.sites)
+
+    def __getitem__(self, name: str) -> Site:
+        for site in self.sites:
+            if site.name == name:
+                return site
+        raise KeyError(f"no site '{name}'; the sites are {[site.name for site in self.sites]}")
+
+    @property
+    def latents(self) -> tuple[Site, ...]:
+        """What a guide must sample."""
+        return tuple(site for site in self.sites if site.latent)
+
+    @property
+    def locals(self) -> tuple[Site, ...]:
+        """Latents inside the plate over rows."""
+        return tuple(site for site in self.latents if site.local)
+
+    @property
+    def globals(self) -> tuple[Site, ...]:
+        """Latents outside the plate over rows."""
+        return tuple(site for site in self.latents if not site.local)
+
+    @property
+    def observed(self) -> tuple[Site, ...]:
+        """What is conditioned on."""
+        return tuple(site for site in self.sites if site.observed)
+
+    @cached_property
+    def row_wise(self) -> bool:
+        """Whether the model has a plate over rows."""
+        return any(site.local for site in self.sites)
+
+    @property
+    def subsamples_itself(self) -> bool:
+        """Whether the plate over rows draws a part of the rows by itself."""
+        frames = [f for site in self for f in site.plates if f.name == self.plate]
+        return any(f.full_size is not None and f.full_size != f.size for f in frames)
+
+    @property
+    def plate_dims(self) -> int:
+        """Dimensions that plates use: Pyro's `max_plate_nesting`."""
+        return max((-f.dim for site in self for f in site.plates if f.dim is not None), default=0)
+
+    def __str__(self) -> str:
+        head = ("site", "role", "plates", "batch", "event", "support")
+        rows = [
+            (
+                site.name,
+                _role(site),
+                ", ".join(frame.name for frame in site.plates) or "-",
+                str(tuple(site.batch_shape)),
+                str(tuple(site.event_shape)),
+                describe(site.support),
+            )
+            for site in self.sites
+        ]
+        return text_table(head, rows)
+
+
+def site_table(model: Callable[..., Any], *batch: Tensor, plate: str = "data") -> SiteTable:
+    """Trace a model once and tabulate its sites.
+
+    Neither the global random state nor the parameters of a module change.
+
+    Arguments:
+        model: Any Pyro model.
+        batch: Its arguments; what the model then does not observe is latent.
+        plate: Name of the plate over rows.
+
+    Example:
+        >>> from ppl_models import PPCA
+        >>> model = PPCA(data_dim=5, latent_dim=2)
+        >>> print(site_table(model, model(size=7)))
+        site  role            plates  batch  event  support
+        z     local latent    data    (7,)   (2,)   real vector
+        x     observed        data    (7,)   (5,)   real vector
+    """
+    with scratch_store(), own_parameters(model), seeded(0), torch.no_grad():
+        trace = poutine.trace(model).get_trace(*batch)
+    return table_of(trace, plate)
+
+
+def table_of(trace: Trace, plate: str = "data") -> SiteTable:
+    """Tabulate the sites of a trace that is at hand."""
+    return SiteTable(
+        tuple(_site(name, node, plate) for name, node in stochastic_nodes(trace)), plate
+    )
+
+
+def stochastic_nodes(trace: Trace) -> Iterator[tuple[str, Any]]:
+    """Yield the sample statements of a trace: no plates, no parameters, no `deterministic`."""
+    nodes: dict[str, Any] = dict(trace.nodes)
+    for name, node in nodes.items():
+        if node["type"] != "sample" or site_is_subsample(node):
+            continue
+        if node["infer"].get("_deterministic", False):
+            continue
+        yield name, node
+
+
+def example_batch(model: Callable[..., Any], example: Any = None, size: int = 2) -> Batch:
+    """Return a small batch to trace a model with.
+
+    Arguments:
+        model: Any Pyro model.
+        example: A batch, if the caller has one.
+        size: Rows to draw with `model(size=size)` otherwise.
+
+    Raises:
+        ValueError: If there is no example and the model cannot draw one.
+    """
+    if example is not None:
+        return tuple(example) if isinstance(example, tuple | list) else (example,)
+    if not accepts_size(model):
+        raise ValueError(
+            f"{describe_program(model)} cannot draw a batch by itself, because it takes no `size=`."
+            " Pass one: example=(x[:2],), or example=(x[:2], y[:2]) for two arguments."
+        )
+    with scratch_store(), own_parameters(model), seeded(0), torch.no_grad():
+        batch = model(size=size)
+    return tuple(batch) if isinstance(batch, tuple | list) else (batch,)
+
+
+def accepts_size(model: Callable[..., Any]) -> bool:
+    """Whether a model is generative: whether it can be called as `model(size=n)`."""
+    return "size" in _signature(model).parameters
+
+
+def argument_names(model: Callable[..., Any], count: int) -> list[str]:
+    """Name the positional arguments of a model, for messages."""
+    names = list(_signature(model).parameters)
+    return [names[i] if i < len(names) else f"argument {i + 1}" for i in range(count)]
+
+
+def describe_program(program: Any) -> str:
+    """Name a model or a guide in a message."""
+    return getattr(program, "__name__", None) or type(program).__name__
+
+
+def describe(support: constraints.Constraint) -> str:
+    """Name a support in words: 'real vector', 'simplex', 'integers 0 to 3'."""
+    support, dims = base_support(support)
+    text = str(support).removesuffix("()")
+    words = {
+        "Real": "real",
+        "GreaterThan(lower_bound=0.0)": "positive",
+        "GreaterThanEq(lower_bound=0.0)": "non-negative",
+        "IntegerGreaterThan(lower_bound=0)": "non-negative integer",
+        "Interval(lower_bound=0.0, upper_bound=1.0)": "unit interval",
+    }
+    text = words.get(text, text)
+    if isinstance(support, constraints.integer_interval):
+        low, high = support.lower_bound, support.upper_bound
+        text = f"integers {int(_extreme(low, min))} to {int(_extreme(high, max))}"
+    kind = {0: "", 1: " vector", 2: " matrix"}.get(dims, f" array of {dims} dimensions")
+    return text[:1].lower() + text[1:] + kind
+
+
+def base_support(support: constraints.Constraint) -> tuple[constraints.Constraint, int]:
+    """Strip `constraints.independent`: the constraint on one element, and the dimensions of it."""
+    dims = 0
+    while isinstance(support, constraints.independent):
+        dims += support.reinterpreted_batch_ndims
+        support = support.base_constraint
+    return support, dims
+
+
+def _signature(program: Any) -> inspect.Signature:
+    # A wrapper says with `__signature__` what it wraps; a module is called through `forward`.
+    if not hasattr(program, "__signature__"):
+        program = getattr(program, "forward", program)
+    return inspect.signature(program)
+
+
+def _extreme(bound: Any, choose: Callable[..., Any]) -> float:
+    return choose(bound.flatten().tolist()) if isinstance(bound, Tensor) else bound
+
+
+def _role(site: Site) -> str:
+    if site.observed:
+        return "observed"
+    kind = "enumerated" if site.enumerated else "latent"
+    return f"{'local' if site.local else 'global'} {kind}"
+
+
+def _site(name: str, node: Any, plate: str) -> Site:
+    frames = sorted(node["cond_indep_stack"], key=lambda frame: frame.dim or 0)
+    return Site(
+        name=name,
+        fn=node["fn"],
+        value=node["value"],
+        observed=node["is_observed"],
+        enumerated=not node["is_observed"] and node["infer"].get("enumerate") is not None,
+        plates=tuple(frames),
+        plate=plate,
+    )

@@ -1,0 +1,86 @@
+"""Library calls and Pyro's global parameter store.
+
+Inside a library call the parameters of a module are the module's own, whatever an earlier instance
+of the same name left in the store, and afterwards the store is as it was. What a function writes
+into the store with `pyro.param` stays there, as its author expects.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pyro
+from pyro.nn import PyroModule
+from torch import Tensor, nn
+from torch.distributions import constraints
+
+
+@contextmanager
+def own_parameters(*programs: Any) -> Iterator[None]:
+    """Let each module among `programs` use its own parameters, and leave no trace of them."""
+    store = pyro.get_param_store()
+    claimed: dict[str, tuple[Tensor, Any]] = {}
+    for program in programs:
+        if isinstance(program, nn.Module):
+            claimed |= {name: (value, kind) for name, value, kind in _store_names(program)}
+    before: Any = store.get_state()
+    inside: Any = {
+        "params": before["params"] | {name: value for name, (value, _) in claimed.items()},
+        "constraints": before["constraints"] | {name: kind for name, (_, kind) in claimed.items()},
+    }
+    store.clear()
+    # Entries set as a state keep `requires_grad`; entries that Pyro makes by itself are unfrozen.
+    store.set_state(inside)
+    try:
+        with warnings.catch_warnings():
+            # Pyro warns of every frozen parameter that it leaves out: what freezing is for.
+            warnings.filterwarnings("ignore", message=".*because requires_grad=False")
+            yield
+    finally:
+        after: Any = store.get_state()
+        for name in claimed:
+            for kind in ("params", "constraints"):
+                after[kind].pop(name, None)
+                if name in before[kind]:
+                    after[kind][name] = before[kind][name]
+        store.clear()
+        store.set_state(after)
+
+
+@contextmanager
+def scratch_store() -> Iterator[None]:
+    """Forget every `pyro.param` statement of a block: for a look at a program, not a run of it."""
+    store = pyro.get_param_store()
+    with store.scope(store.get_state()):
+        yield
+
+
+def _store_names(module: nn.Module) -> Iterator[tuple[str, Tensor, Any]]:
+    """Yield the names under which Pyro would register a module's parameters."""
+    if not isinstance(module, PyroModule):
+        return
+    constrained = module._pyro_params
+    for name, parameter in module._parameters.items():
+        short = name.removesuffix("_unconstrained")
+        is_constrained = name.endswith("_unconstrained") and short in constrained
+        constraint = constrained[short][0] if is_constrained else constraints.real
+        if parameter is not None:
+            yield (
+                _join(module._pyro_name, short if is_constrained else name),
+                parameter,
+                constraint,
+            )
+    for key, child in module._modules.items():
+        if isinstance(child, PyroModule):
+            yield from _store_names(child)
+        elif child is not None:
+            prefix = _join(module._pyro_name, key)
+            for name, parameter in child.named_parameters():
+                yield f"{prefix}$$${name}", parameter, constraints.real
+
+
+def _join(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix else name

@@ -1,0 +1,231 @@
+"""One joint run of a guide and a model: draws from the guide, scored by both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.poutine.trace_struct import Trace
+from torch import Tensor, nn
+
+from ppl_models.core.sites import (
+    SiteTable,
+    describe_program,
+    stochastic_nodes,
+    table_of,
+)
+
+PARTICLES = "particles"  # name of the plate over particles
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Traces of a guide and of the model replayed on its draws.
+
+    Attributes:
+        model: Trace of the model.
+        guide: Trace of the guide.
+        particles: Draws in the leftmost plate, or None for a single draw without that plate.
+    """
+
+    model: Trace
+    guide: Trace
+    particles: int | None
+
+
+def run_pair(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    *batch: Tensor,
+    particles: int | None = None,
+    dim: int | None = None,
+) -> Pair:
+    """Draw from the guide, replay the model on the draws, and check that the two agree.
+
+    Arguments:
+        model: Any Pyro model.
+        guide: Any Pyro guide for it.
+        batch: Their arguments.
+        particles: If given, that many draws at once, in a plate to the left of all others.
+        dim: Dimension of that plate.
+
+    Raises:
+        ValueError: If the guide misses a latent, samples an observed or an unknown site.
+    """
+    # A plate object for each program: both allocate the same dimension.
+    plate = (
+        (lambda: pyro.plate(PARTICLES, particles, dim=dim))
+        if particles is not None
+        else nullcontext
+    )
+    with plate():
+        guide_trace = poutine.trace(guide).get_trace(*batch)
+    with plate():
+        model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*batch)
+    _check_sites(model, model_trace, guide_trace)
+    return Pair(model_trace, guide_trace, particles)
+
+
+def joint_table(
+    model: Callable[..., Any], guide: Callable[..., Any], *batch: Tensor, plate: str = "data"
+) -> tuple[SiteTable, int]:
+    """Tabulate a model as its guide runs it, and the dimensions that the plates of both use."""
+    with torch.no_grad():
+        pair = run_pair(model, guide, *batch)
+    table = table_of(pair.model, plate)
+    return table, max(table.plate_dims, table_of(pair.guide, plate).plate_dims)
+
+
+def log_weights(pair: Pair, plate: str = "data") -> tuple[Tensor | None, Tensor]:
+    r"""Return :math:`\log p(x, z) - \log q(z \mid x)`, split by rows.
+
+    Returns:
+        Terms of each row, shape (S, N), or None if nothing is inside a vectorised plate over rows,
+        and terms outside of it, shape (S,), for S particles; in nats.
+    """
+    rows: Tensor | None = None
+    whole: Tensor | float = 0.0
+    for trace, sign in ((pair.model, 1.0), (pair.guide, -1.0)):
+        trace.compute_log_prob()
+        for _, node in stochastic_nodes(trace):
+            dims = {f.name: f.dim for f in node["cond_indep_stack"] if f.dim is not None}
+            value = node["log_prob"]
+            if plate in dims:
+                term = _keep(value, dims.get(PARTICLES), dims[plate])
+                rows = sign * term if rows is None else rows + sign * term
+            else:
+                whole = whole + sign * _keep(value, dims.get(PARTICLES))
+    like = rows if rows is not None else whole
+    particles = pair.particles or 1
+    zero = like.new_zeros(particles) if isinstance(like, Tensor) else torch.zeros(particles)
+    return rows, zero + whole
+
+
+def vectorizes(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    *batch: Tensor,
+    dim: int,
+) -> bool:
+    """Whether model and guide compute the same, particle by particle, under a plate of particles.
+
+    Code that was not written for leading dimensions may fail there, or worse, run and mix
+    particles: so two particles are drawn at once, and each is scored again by itself.
+    """
+    try:
+        pair = run_pair(model, guide, *batch, particles=2, dim=dim)
+        both = _site_sums(pair)
+        for particle in range(2):
+            alone = _site_sums(_replay_one(model, guide, *batch, pair=pair, particle=particle))
+            for name, value in alone.items():
+                if not torch.allclose(both[name][particle], value[0], rtol=1e-3, atol=1e-4):
+                    return False
+    except Exception:  # noqa: BLE001 - whatever user code raises on shapes it was not written for
+        return False
+    return True
+
+
+@contextmanager
+def evaluating(*programs: Any) -> Iterator[None]:
+    """Run a block without gradients and with modules in evaluation mode."""
+    with evaluation_mode(*programs), torch.no_grad():
+        yield
+
+
+@contextmanager
+def evaluation_mode(*programs: Any) -> Iterator[None]:
+    """Run a block with modules in evaluation mode, then put their modes back."""
+    modules = [m for p in programs if isinstance(p, nn.Module) for m in p.modules()]
+    training = [module.training for module in modules]
+    for module in modules:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module, mode in zip(modules, training, strict=True):
+            module.training = mode
+
+
+def _replay_one(
+    model: Callable[..., Any], guide: Callable[..., Any], *batch: Tensor, pair: Pair, particle: int
+) -> Pair:
+    """Score one particle of a vectorised run by itself."""
+    values = {}
+    for name, node in stochastic_nodes(pair.guide):
+        lead = node["fn"].event_dim - min(
+            (f.dim for f in node["cond_indep_stack"] if f.name == PARTICLES), default=0
+        )
+        value = node["value"][particle] if node["value"].ndim == lead else node["value"]
+        # What is left of the plate over particles may be a run of ones to the left.
+        inner = node["fn"].event_dim + max(
+            (-f.dim for f in node["cond_indep_stack"] if f.dim and f.name != PARTICLES), default=0
+        )
+        while value.ndim > inner and value.shape[0] == 1:
+            value = value[0]
+        values[name] = value
+    trace = Trace()
+    for name, value in values.items():
+        trace.add_node(name, name=name, type="sample", value=value, is_observed=False, infer={})
+    guide_trace = poutine.trace(poutine.replay(guide, trace=trace)).get_trace(*batch)
+    model_trace = poutine.trace(poutine.replay(model, trace=trace)).get_trace(*batch)
+    return Pair(model_trace, guide_trace, None)
+
+
+def _site_sums(pair: Pair) -> dict[str, Tensor]:
+    sums = {}
+    for half, trace in (("model", pair.model), ("guide", pair.guide)):
+        trace.compute_log_prob()
+        for name, node in stochastic_nodes(trace):
+            dims = {f.name: f.dim for f in node["cond_indep_stack"] if f.dim is not None}
+            sums[f"{half} {name}"] = _keep(node["log_prob"], dims.get(PARTICLES))
+    return sums
+
+
+def _keep(value: Tensor, *dims: int | None) -> Tensor:
+    """Sum all dimensions but `dims`, given from left to right; one that is None becomes 1."""
+    present = [dim for dim in dims if dim is not None]
+    drop = [dim for dim in range(-value.ndim, 0) if dim not in present]
+    value = value.sum(drop) if drop else value
+    for position, dim in enumerate(dims):
+        if dim is None:
+            value = value.unsqueeze(position)
+    return value
+
+
+def _check_sites(model: Callable[..., Any], model_trace: Trace, guide_trace: Trace) -> None:
+    latents, observed = set(), set()
+    model_nodes = dict(stochastic_nodes(model_trace))
+    for name, node in model_nodes.items():
+        (observed if node["is_observed"] else latents).add(name)
+    sampled = set()
+    for name, node in stochastic_nodes(guide_trace):
+        if not node["is_observed"] and not node["infer"].get("is_auxiliary", False):
+            sampled.add(name)
+    if latents == sampled:
+        return
+    if twice := sorted(sampled & observed):
+        raise ValueError(
+            f"guide: it samples {twice}, which the model observes. A guide samples latents only: "
+            f"{sorted(latents)}."
+        )
+    if missing := sorted(latents - sampled):
+        marked = [name for name in missing if model_nodes[name]["infer"].get("enumerate")]
+        hint = (
+            f" {marked} are marked for enumeration: use objective=pyro.infer.TraceEnum_ELBO()."
+            if marked
+            else " Add `pyro.sample` statements with those names to the guide."
+        )
+        raise ValueError(
+            f"guide: it must sample every latent of {describe_program(model)}, {sorted(latents)}, "
+            f"but it samples {sorted(sampled)}: {missing} missing.{hint}"
+        )
+    raise ValueError(
+        f"guide: it samples {sorted(sampled - latents)}, which {describe_program(model)} does not "
+        f"have; its latents are {sorted(latents)}. Mark helper variables with "
+        "infer={'is_auxiliary': True}."
+    )

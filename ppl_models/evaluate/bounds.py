@@ -1,0 +1,362 @@
+"""Bounds on the evidence, and estimates of it, with their errors.
+
+All of them stream: over particles, and over rows where rows are independent, so that memory stays
+bounded for any number of either.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ppl_models.core.batch import as_batch, check_model
+from ppl_models.core.checks import check_count
+from ppl_models.core.minibatch import minibatch
+from ppl_models.core.random import seeded
+from ppl_models.core.sites import SiteTable, describe_program, table_of
+from ppl_models.core.store import own_parameters
+from ppl_models.core.traces import evaluating, log_weights, run_pair, vectorizes
+from ppl_models.core.types import Batch
+from ppl_models.evaluate.estimate import Estimate
+
+ELEMENTS = 2**21  # values of all sites that one chunk may hold: a few hundred MiB with activations
+GROUPS = 100  # of particles, each left out once by the jackknife
+
+
+def elbo(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    *batch: Any,
+    particles: int = 100,
+    seed: int | None = None,
+    plate: str = "data",
+) -> Estimate:
+    r"""Estimate the evidence lower bound :math:`\mathbb{E}_q[\log p(x, z) - \log q(z \mid x)]`.
+
+    Arguments:
+        model: Any Pyro model.
+        guide: Any Pyro guide for it.
+        batch: The data; all of it, if the model has global latents.
+        particles: Draws from the guide.
+        seed: An integer isolates and reproduces; None draws from the global random stream.
+        plate: Name of the plate over rows.
+
+    Returns:
+        The bound, nats per row. Rows are None if the model or the guide has a site outside the
+        plate over rows: the bound is then one number for the whole data set.
+
+    Raises:
+        ValueError: If the data are not what the model describes, or the guide does not fit it.
+
+    Example:
+        >>> from guides import Exact
+        >>> from ppl_models import PPCA
+        >>> model = PPCA(data_dim=5, latent_dim=2)
+        >>> x = model(size=7).detach()
+        >>> bound = elbo(model, Exact(model), x, particles=1)
+        >>> torch.allclose(bound.rows, model.log_evidence(x).double(), atol=1e-4)
+        True
+    """
+    with _weights(model, guide, batch, particles, plate, seed) as weights:
+        if not weights.row_wise:
+            size = len(weights.batch[0]) if weights.batch else 1
+            totals = torch.cat(
+                [
+                    whole if rows is None else whole + rows.sum(1)
+                    for rows, whole in weights.draw(particles)
+                ]
+            ).double()
+            se = totals.std().item() / math.sqrt(particles) if particles > 1 else math.nan
+            return Estimate(totals.mean().item() / size, se / size, None, None, particles)
+        means, squares = [], []
+        for rows in weights.row_chunks():
+            mean, square, seen = torch.zeros(()), torch.zeros(()), 0
+            for part, _ in weights.draw(particles, rows):
+                assert part is not None
+                value = part.double()
+                # Chan's update of a mean and a sum of squares by those of a block.
+                shift = value.mean(0) - mean
+                square = square + (value - value.mean(0)).square().sum(0)
+                square = square + shift.square() * (seen * len(value) / (seen + len(value)))
+                seen += len(value)
+                mean = mean + shift * (len(value) / seen)
+            means.append(mean)
+            squares.append(square)
+        mean = torch.cat(means)
+        if particles == 1:
+            return _by_row(mean, torch.full_like(mean, math.nan), particles)
+        variance = torch.cat(squares) / (particles - 1)
+        return _by_row(mean, (variance / particles).sqrt(), particles)
+
+
+def iwae_bound(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    *batch: Any,
+    particles: int = 50,
+    repeats: int = 20,
+    seed: int | None = None,
+    plate: str = "data",
+) -> Estimate:
+    r"""Estimate the importance-weighted bound of K particles.
+
+    .. math::
+
+        \mathcal{L}_K = \mathbb{E}\left[\log \frac{1}{K} \sum_{k=1}^K
+        \frac{p(x, z_k)}{q(z_k \mid x)}\right], \qquad
+        \mathcal{L}_1 = \mathrm{ELBO} \le \mathcal{L}_K \le \log p(x)
+
+    Arguments:
+        model: Any Pyro model whose sites are all inside the plate over rows.
+        guide: Any Pyro guide for it.
+        batch: The data.
+        particles: K.
+        repeats: Independent evaluations that are averaged.
+        seed: An integer isolates and reproduces; None draws from the global random stream.
+        plate: Name of the plate over rows.
+
+    Raises:
+        ValueError: As `log_evidence`.
+
+    Source:
+        Burda, Grosse & Salakhutdinov (2016). https://arxiv.org/abs/1509.00519
+    """
+    check_count("iwae_bound", "repeats", repeats)
+    with _weights(model, guide, batch, particles, plate, seed) as weights:
+        weights.require_rows("iwae_bound")
+        values = []
+        for _ in range(repeats):
+            parts = [weights.sums(particles, rows, 1) for rows in weights.row_chunks()]
+            values.append(torch.cat([sums.log_mean() for sums in parts]))
+        rows = torch.stack(values)
+        se = rows.std(0) / math.sqrt(repeats) if repeats > 1 else torch.full_like(rows[0], math.nan)
+        return _by_row(rows.mean(0), se, particles)
+
+
+def log_evidence(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    *batch: Any,
+    particles: int = 1000,
+    jackknife: bool = False,
+    seed: int | None = None,
+    plate: str = "data",
+) -> Estimate:
+    r"""Estimate :math:`\log p(x)` of each row by importance sampling from the guide.
+
+    .. math::
+
+        \log \hat p(x) = \log \frac{1}{K} \sum_k w_k, \quad w_k = p(x, z_k) / q(z_k \mid x),
+        \qquad \mathrm{se}^2 = \frac{\mathrm{var}(w)}{K \bar w^2}, \quad
+        \mathrm{bias} \approx -\tfrac12 \mathrm{se}^2
+
+    The mean never exceeds the truth in expectation. Error and bias are to first order: where a few
+    particles carry all the weight, both are understated.
+
+    Arguments:
+        model: Any Pyro model whose sites are all inside the plate over rows.
+        guide: Any Pyro guide for it.
+        batch: The data.
+        particles: K.
+        jackknife: Take the bias off, by leaving out a hundredth of the particles at a time. The
+            estimate is then no lower bound, not even in expectation.
+        seed: An integer isolates and reproduces; None draws from the global random stream.
+        plate: Name of the plate over rows.
+
+    Returns:
+        The estimate, nats per row, with `bias` and `rows_bias` (0 after the jackknife).
+
+    Raises:
+        ValueError: If a site is outside the plate over rows, the data are not what the model
+            describes, or the guide does not fit it.
+
+    Source:
+        Burda, Grosse & Salakhutdinov (2016), https://arxiv.org/abs/1509.00519; Nowozin (2018),
+        https://openreview.net/forum?id=HyZoi-WRb
+
+    Example:
+        >>> from guides import Amortized
+        >>> from ppl_models import PPCA
+        >>> model = PPCA(data_dim=5, latent_dim=2)
+        >>> log_evidence(model, Amortized(model), model(size=7), particles=10).rows.shape
+        torch.Size([7])
+    """
+    with _weights(model, guide, batch, particles, plate, seed) as weights:
+        weights.require_rows("log_evidence")
+        groups = min(particles, GROUPS)
+        parts = [weights.sums(particles, rows, groups) for rows in weights.row_chunks()]
+    se = torch.cat([sums.se() for sums in parts])
+    if jackknife:
+        rows = torch.cat([sums.jackknife() for sums in parts])
+        return _by_row(rows, se, particles)
+    rows = torch.cat([sums.log_mean() for sums in parts])
+    return _by_row(rows, se, particles, bias=-se.square() / 2)
+
+
+def _by_row(rows: Tensor, se: Tensor, particles: int, bias: Tensor | None = None) -> Estimate:
+    return Estimate(
+        mean=rows.mean().item(),
+        se=se.square().sum().sqrt().item() / len(rows),
+        rows=rows,
+        rows_se=se,
+        particles=particles,
+        bias=0.0 if bias is None else bias.mean().item(),
+        rows_bias=torch.zeros_like(rows) if bias is None else bias,
+    )
+
+
+@dataclass
+class _Sums:
+    """Sums of importance weights of each row, by group of particles, relative to the largest."""
+
+    top: Tensor  # log of the largest weight, (n,)
+    groups: Tensor  # sum of weights in each group, (G, n)
+    squares: Tensor  # sum of squared weights, (n,)
+    sizes: Tensor  # particles in each group, (G,)
+
+    def add(self, logs: Tensor, start: int) -> None:
+        top = torch.maximum(self.top, logs.max(0).values)
+        shrink = (self.top - top).exp()
+        weights = (logs - top).exp()
+        owner = torch.arange(start, start + len(logs), device=logs.device) % len(self.groups)
+        self.groups = (self.groups * shrink).index_add_(0, owner, weights)
+        self.squares = self.squares * shrink.square() + weights.square().sum(0)
+        self.sizes = self.sizes.index_add(0, owner, torch.ones_like(owner, dtype=logs.dtype))
+        self.top = top
+
+    def log_mean(self) -> Tensor:
+        return self.top + self.groups.sum(0).log() - self.sizes.sum().log()
+
+    def se(self) -> Tensor:
+        count = self.sizes.sum()
+        if count < 2:
+            return torch.full_like(self.top, math.nan)
+        mean = self.groups.sum(0) / count
+        variance = (self.squares - count * mean.square()).clamp(min=0) / (count - 1)
+        return (variance / count).sqrt() / mean
+
+    def jackknife(self) -> Tensor:
+        count = len(self.groups)
+        if count < 2:
+            return self.log_mean()
+        sizes = (self.sizes.sum() - self.sizes).unsqueeze(-1)
+        without = (self.groups.sum(0) - self.groups).clamp(min=0).log() - sizes.log() + self.top
+        return count * self.log_mean() - (count - 1) * without.mean(0)
+
+
+@dataclass
+class _Weights:
+    """Log importance weights of a model and a guide on a batch, drawn chunk by chunk."""
+
+    model: Callable[..., Any]
+    guide: Callable[..., Any]
+    batch: Batch
+    table: SiteTable
+    outside: list[str]  # sites outside the plate over rows
+    dim: int | None  # of the plate over particles, None to run them one by one
+    plate: str
+
+    @property
+    def row_wise(self) -> bool:
+        return not self.outside
+
+    def require_rows(self, caller: str) -> None:
+        if self.outside:
+            name = self.outside[0]
+            shape = tuple(self.table[name].batch_shape) if name in self._names() else ()
+            raise ValueError(
+                f"{caller} scores rows one by one, but site '{name}' has log-density shape {shape},"
+                f" not ({len(self.batch[0]) if self.batch else 'N'},): it is not inside plate "
+                f"'{self.plate}' of {describe_program(self.model)}, or in a sequential one. Use "
+                "`elbo`, which bounds the whole data set."
+            )
+
+    def row_chunks(self) -> Iterator[range]:
+        size = len(self.batch[0])
+        step = max(1, ELEMENTS // self._width())
+        for start in range(0, size, step):
+            yield range(start, min(start + step, size))
+
+    def draw(
+        self, particles: int, rows: range | None = None
+    ) -> Iterator[tuple[Tensor | None, Tensor]]:
+        """Yield blocks of log weights, (S, n) and (S,), S adding up to `particles`."""
+        size = len(self.batch[0]) if self.batch else 1
+        rows = range(size) if rows is None else rows
+        part, scope = self.batch, nullcontext()
+        if len(rows) < size:
+            index = torch.arange(rows.start, rows.stop)
+            part = tuple(value[rows.start : rows.stop] for value in self.batch)
+            scope = minibatch(index, size, plate=self.plate, scale=1.0)
+        step = max(1, ELEMENTS // (self._width() * len(rows)))
+        while particles > 0:
+            count = min(step, particles) if self.dim is not None else 1
+            with scope:
+                pair = run_pair(
+                    self.model,
+                    self.guide,
+                    *part,
+                    particles=count if self.dim is not None else None,
+                    dim=self.dim,
+                )
+                yield log_weights(pair, self.plate)
+            particles -= count
+
+    def sums(self, particles: int, rows: range, groups: int) -> _Sums:
+        n = len(rows)
+        like = self.batch[0]
+        zero = torch.zeros(n, dtype=torch.float64, device=like.device)
+        sums = _Sums(
+            zero - math.inf,
+            zero.expand(groups, n).clone(),
+            zero,
+            torch.zeros(groups, dtype=torch.float64, device=like.device),
+        )
+        seen = 0
+        for logs, _ in self.draw(particles, rows):
+            assert logs is not None
+            sums.add(logs.double(), seen)
+            seen += len(logs)
+        return sums
+
+    def _names(self) -> list[str]:
+        return [site.name for site in self.table]
+
+    def _width(self) -> int:
+        """Values that all sites hold for one row."""
+        size = len(self.batch[0]) if self.batch else 1
+        values = sum(
+            math.prod(site.fn.shape()) / (size if site.local else 1) for site in self.table
+        )
+        return max(1, math.ceil(values))
+
+
+@contextmanager
+def _weights(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    data: tuple[Any, ...],
+    particles: int,
+    plate: str,
+    seed: int | None,
+) -> Iterator[_Weights]:
+    """Check everything that can be checked, and take the decisions, before the first draw."""
+    check_count("evaluate", "particles", particles)
+    batch = as_batch(data, model, guide)
+    with own_parameters(model, guide), seeded(seed), evaluating(model, guide):
+        size = len(batch[0]) if batch else 1
+        table = check_model(model, batch, plate=plate, rows=size)
+        with seeded(0):
+            pair = run_pair(model, guide, *batch)
+            guided = table_of(pair.guide, plate)
+            dim = -1 - max(table.plate_dims, guided.plate_dims)
+            carried = particles > 1 and vectorizes(model, guide, *batch, dim=dim)
+        sites = [*table, *guided]
+        outside = list(dict.fromkeys(site.name for site in sites if site.data_dim is None))
+        yield _Weights(model, guide, batch, table, outside, dim if carried else None, plate)

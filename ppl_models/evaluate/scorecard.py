@@ -1,0 +1,496 @@
+"""How good is a guide? Several, on the same model and data, beside a sampler that needs none."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyro
+import torch
+from pyro import poutine
+from torch import Tensor, nn
+
+from ppl_models.core.batch import as_batch, check_device, check_model
+from ppl_models.core.random import seeded
+from ppl_models.core.sites import SiteTable
+from ppl_models.core.store import own_parameters
+from ppl_models.core.table import text_table
+from ppl_models.core.traces import evaluating
+from ppl_models.core.types import Batch, Refinable
+from ppl_models.evaluate.bounds import elbo, log_evidence
+from ppl_models.evaluate.estimate import Estimate
+from ppl_models.evaluate.latent import encode
+from ppl_models.infer import NUTS, Fit, Posterior, fit, sample
+
+ACTIVE = 0.01  # a unit is active if its posterior mean varies more than this over rows
+DEFAULT_REFERENCE = NUTS()
+GUIDE_DRAWS = 500  # draws from a guide, to compare its moments with the reference
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A guide beside NUTS, on a few test rows of the trained model.
+
+    Attributes:
+        mean_error: Root mean square difference of posterior means, in posterior scales.
+        noise: What `mean_error` would be by Monte Carlo error alone.
+        scale_ratio: Geometric mean of the guide's posterior scales over those of NUTS.
+        posterior: The draws of NUTS.
+    """
+
+    mean_error: float
+    noise: float
+    scale_ratio: float
+    posterior: Posterior = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One guide's row of a scorecard.
+
+    Attributes:
+        name: Its name.
+        model: The model that was trained with it.
+        guide: The guide, trained.
+        fit: How the training went.
+        elbo: Bound on test rows, nats per row.
+        evidence: Log p(x) of test rows by importance sampling; None if it has no rows.
+        active: Local latent units whose posterior mean varies over test rows, and all of them.
+        parameters: Trained numbers of the guide.
+        test_seconds: Time to reach the posterior of the test rows: a pass through a network, or an
+            optimisation.
+        refined: Whether the test rows needed an optimisation.
+        reference: Comparison with NUTS; None where NUTS cannot be run.
+    """
+
+    name: str
+    model: Callable[..., Any] = field(repr=False)
+    guide: Callable[..., Any] = field(repr=False)
+    fit: Fit
+    elbo: Estimate
+    evidence: Estimate | None
+    active: tuple[int, int]
+    parameters: int
+    test_seconds: float
+    refined: bool
+    reference: Reference | None
+
+    @property
+    def gap(self) -> float | None:
+        """Log p(x) - ELBO: how far the guide is from the posterior, nats per row."""
+        return None if self.evidence is None else self.evidence.mean - self.elbo.mean
+
+    @property
+    def gap_se(self) -> float | None:
+        """Standard error of `gap`."""
+        return None if self.evidence is None else math.hypot(self.evidence.se, self.elbo.se)
+
+
+@dataclass(frozen=True)
+class Scorecard:
+    """Guides side by side; prints as a table.
+
+    Attributes:
+        entries: One for each guide, in the order given.
+        settings: What was the same for all.
+        notes: What was not, and what to beware of.
+    """
+
+    entries: tuple[Entry, ...]
+    settings: dict[str, Any]
+    notes: tuple[str, ...]
+
+    def __getitem__(self, name: str) -> Entry:
+        for entry in self.entries:
+            if entry.name == name:
+                return entry
+        raise KeyError(f"no entry '{name}'; there are {[entry.name for entry in self.entries]}")
+
+    def __iter__(self) -> Iterator[Entry]:
+        return iter(self.entries)
+
+    def to_pandas(self) -> pd.DataFrame:
+        """Return the figures as a data frame, one row a guide."""
+        return pd.DataFrame([_record(entry) for entry in self.entries]).set_index("guide")
+
+    def to_html(self, path: str | Path) -> None:
+        """Write the table, the settings and the notes as a page."""
+        table = self.to_pandas().to_html(float_format="{:.3f}".format, na_rep="-")
+        lines = "".join(f"<li>{line}</li>" for line in self._footnotes())
+        page = (
+            f"<!doctype html><meta charset='utf-8'><title>Scorecard</title>{table}<ul>{lines}</ul>"
+        )
+        Path(path).write_text(page, encoding="utf-8")
+
+    def __str__(self) -> str:
+        head = (
+            "guide",
+            "ELBO",
+            "log p(x)",
+            "gap",
+            "active",
+            "train s",
+            "test s",
+            "params",
+            "mean err",
+            "scale",
+        )
+        table = text_table(head, [_cells(entry) for entry in self.entries], right=" " + "r" * 9)
+        return "\n".join([table, *(f"  {line}" for line in self._footnotes())])
+
+    def _footnotes(self) -> list[str]:
+        same = ", ".join(f"{name} {value}" for name, value in self.settings.items())
+        return [
+            "ELBO, log p(x) and gap = log p(x) - ELBO in nats per test row, +- Monte Carlo error.",
+            "mean err, scale: posterior means and scales against NUTS on the same trained model.",
+            "Perfect are a gap of 0, a mean err of 0 and a scale of 1.",
+            f"Same for all: {same}.",
+            *self.notes,
+        ]
+
+
+def compare(
+    model: Callable[..., Any],
+    guides: Mapping[str, Callable[..., Any]],
+    data: Any,
+    test: Any,
+    *,
+    steps: int | None = None,
+    epochs: int | None = None,
+    batch_size: int | None = None,
+    lr: float = 1e-3,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    particles: int = 1000,
+    reference: NUTS | None = DEFAULT_REFERENCE,
+    reference_rows: int = 8,
+    chains: int = 2,
+    draws: int = 200,
+    warmup: int = 200,
+    plate: str = "data",
+    progress: bool | None = None,
+    **options: Any,
+) -> Scorecard:
+    """Train a model with each of several guides from the same start, and score them on test rows.
+
+    The model is left as it was; each entry of the scorecard has a trained copy.
+
+    Arguments:
+        model: Any Pyro model.
+        guides: By name, a factory that makes a guide from the model, such as `Amortized`, or a
+            guide that was made for this very model.
+        data: Training rows, as in `fit`.
+        test: Test rows. A guide with parameters for each row is refined on them.
+        steps: Optimisation steps.
+        epochs: Passes over the training rows, instead of `steps`.
+        batch_size: Rows in a step.
+        lr: Learning rate.
+        seed: Of all draws; every guide starts from it.
+        device: Where to work.
+        particles: Draws for log p(x); a tenth of them for the ELBO.
+        reference: The sampler beside the guides; None leaves it out.
+        reference_rows: Test rows that it runs on.
+        chains: Its chains.
+        draws: Draws from each.
+        warmup: Transitions for its adaptation.
+        plate: Name of the plate over rows.
+        progress: Whether to show bars; None shows them on a terminal.
+        options: Passed on to `fit`.
+
+    Raises:
+        ValueError: If there is no guide, or as `fit`, `elbo` and `sample` do.
+
+    Example:
+        >>> from guides import Amortized, Exact
+        >>> from ppl_models import PPCA
+        >>> model = PPCA(data_dim=5, latent_dim=2)
+        >>> guides = {"exact": Exact, "amortized": Amortized}
+        >>> x = model(size=64)
+        >>> card = compare(model, guides, x[:48], x[48:], steps=5, reference=None)
+        >>> abs(card["exact"].gap) < 1e-3
+        True
+    """
+    if not guides:
+        raise ValueError("compare: guides must name at least one guide, such as {'a': Amortized}.")
+    place = check_device(device)
+    settings = {"lr": lr, "steps": steps, "epochs": epochs, "batch_size": batch_size}
+    training = {k: v for k, v in settings.items() if v is not None} | options
+    rows, rows_test = (as_batch(d, model, device=place) for d in (data, test))
+    check_model(model, rows_test, plate=plate, rows=len(rows_test[0]))
+    entries = []
+    for name, make in guides.items():
+        with _fresh(model) as own:
+            with seeded(seed):
+                made = isinstance(make, nn.Module)
+                guide = make if made else make(own)
+            result = fit(
+                own if not made else model,
+                guide,
+                rows,
+                seed=seed,
+                device=device,
+                plate=plate,
+                progress=_label(name, progress),
+                **training,
+            )
+            trained = model if made else own
+            entries.append(
+                _score(
+                    name,
+                    trained,
+                    result,
+                    rows_test,
+                    particles=particles,
+                    plate=plate,
+                    seed=seed,
+                    reference=reference,
+                    reference_rows=reference_rows,
+                    chains=chains,
+                    draws=draws,
+                    warmup=warmup,
+                    progress=progress,
+                )
+            )
+    same = {
+        "data": f"{len(rows[0])} training and {len(rows_test[0])} test rows",
+        "batch size": entries[0].fit.batch_size,
+        "steps": entries[0].fit.steps,
+        "lr": lr,
+        "seed": seed,
+        "particles": particles,
+    }
+    return Scorecard(tuple(entries), same, tuple(_notes(entries, reference_rows)))
+
+
+def _score(
+    name: str,
+    model: Callable[..., Any],
+    result: Fit,
+    test: Batch,
+    *,
+    particles: int,
+    plate: str,
+    seed: int,
+    reference: NUTS | None,
+    reference_rows: int,
+    progress: bool | None,
+    **sampling: Any,
+) -> Entry:
+    guide: Any = result.guide
+    trained = guide.parameters() if isinstance(guide, nn.Module) else []
+    parameters = sum(value.numel() for value in trained if value.requires_grad)
+    start = time.perf_counter()
+    on_test: Any = guide
+    refined = isinstance(guide, Refinable)
+    if isinstance(guide, Refinable):
+        label = _label(f"{name}: test rows", progress)
+        on_test = guide.refine(*test, seed=seed, progress=label)
+    table = check_model(model, test, plate=plate, rows=len(test[0]))
+    units = active_units(model, on_test, *test, seed=seed, plate=plate) if table.locals else (0, 0)
+    seconds = time.perf_counter() - start
+    options = {"seed": seed, "plate": plate}
+    bound = elbo(model, on_test, *test, particles=max(2, particles // 10), **options)
+    evidence = None
+    if bound.rows is not None:
+        evidence = log_evidence(model, on_test, *test, particles=particles, **options)
+    beside = None
+    if reference is not None and _samplable(table):
+        few = tuple(value[:reference_rows] for value in test)
+        posterior = sample(
+            model,
+            *few,
+            sampler=reference,
+            rows=True,
+            seed=seed,
+            plate=plate,
+            progress=_label(f"{name}: NUTS", progress),
+            **sampling,
+        )
+        beside = _beside(posterior, model, on_test, test, table, len(few[0]), seed)
+    return Entry(
+        name=name,
+        model=model,
+        guide=guide,
+        fit=result,
+        elbo=bound,
+        evidence=evidence,
+        active=units,
+        parameters=parameters,
+        test_seconds=seconds,
+        refined=refined,
+        reference=beside,
+    )
+
+
+def active_units(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    *batch: Any,
+    seed: int | None = None,
+    plate: str = "data",
+) -> tuple[int, int]:
+    r"""Count latent units with :math:`\mathrm{var}_x(\mathbb{E}_q[z \mid x]) > 0.01`, and all.
+
+    Arguments:
+        model: Any Pyro model with a plate over rows.
+        guide: Any Pyro guide for it.
+        batch: The data.
+        seed: As in `encode`.
+        plate: Name of the plate over rows.
+
+    Source:
+        Burda, Grosse & Salakhutdinov (2016), section 5.2. https://arxiv.org/abs/1509.00519
+    """
+    means = encode(model, guide, *batch, seed=seed, plate=plate)
+    table = check_model(model, as_batch(batch, model), plate=plate, rows=len(batch[0]))
+    spread = [
+        value.movedim((table[name].data_dim or 0) - _events(table, name, value), 0)
+        .flatten(1)
+        .var(0)
+        if value.ndim > 1
+        else value.var(0, keepdim=True)
+        for name, value in means.items()
+    ]
+    units = torch.cat(spread)
+    return int((units > ACTIVE).sum()), len(units)
+
+
+def _events(table: SiteTable, name: str, value: Tensor) -> int:
+    return value.ndim - len(table[name].batch_shape)
+
+
+def _samplable(table: SiteTable) -> bool:
+    return not table.globals and all(not site.discrete for site in table.latents)
+
+
+def _beside(
+    posterior: Posterior,
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    test: Batch,
+    table: SiteTable,
+    rows: int,
+    seed: int,
+) -> Reference:
+    """Compare moments of the guide with those of the reference, site by site."""
+    drawn: dict[str, list[Tensor]] = {name: [] for name in posterior}
+    with own_parameters(model, guide), seeded(seed), evaluating(model, guide):
+        for _ in range(GUIDE_DRAWS):
+            trace = poutine.trace(guide).get_trace(*test)
+            for name, values in drawn.items():
+                value: Any = trace.nodes[name]["value"]  # pyright: ignore[reportTypedDictNotRequiredAccess]
+                axis = (table[name].data_dim or 0) - len(table[name].event_shape)
+                values.append(value.narrow(axis, 0, rows).flatten())
+    errors, noises, ratios = [], [], []
+    mcse = posterior.mcse()
+    for name, values in drawn.items():
+        own = torch.stack(values).double()
+        mean, scale = (v[name].flatten().double() for v in (posterior.mean(), posterior.scale()))
+        errors.append((own.mean(0) - mean) / scale)
+        noise = mcse[name].flatten().square() + own.var(0) / len(own)
+        noises.append(noise / scale.square())
+        ratios.append((own.std(0) / scale).log())
+    return Reference(
+        mean_error=torch.cat(errors).square().mean().sqrt().item(),
+        noise=torch.cat(noises).mean().sqrt().item(),
+        scale_ratio=torch.cat(ratios).mean().exp().item(),
+        posterior=posterior,
+    )
+
+
+@contextmanager
+def _fresh(model: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
+    """Give a copy of a model, and put back whatever the block does to the original."""
+    store = pyro.get_param_store()
+    state = store.get_state()
+    clones = {
+        name: value.detach().clone().requires_grad_() for name, value in state["params"].items()
+    }
+    before = copy.deepcopy(model.state_dict()) if isinstance(model, nn.Module) else None
+    with store.scope({"params": clones, "constraints": dict(state["constraints"])}):
+        yield copy.deepcopy(model) if isinstance(model, nn.Module) else model
+    if before is not None and isinstance(model, nn.Module):
+        model.load_state_dict(before)
+
+
+def _notes(entries: list[Entry], rows: int) -> list[str]:
+    notes = []
+    if refined := [entry.name for entry in entries if entry.refined]:
+        notes.append(f"Not the same: {', '.join(refined)} was refined on the test rows.")
+    beside = [entry for entry in entries if entry.reference is not None]
+    for entry in beside:
+        assert entry.reference is not None
+        posterior = entry.reference.posterior
+        worst = max(value.max().item() for value in posterior.rhat().values())
+        notes.append(
+            f"NUTS for {entry.name}: {rows} rows, {posterior.chains} chains of {posterior.draws}, "
+            f"R-hat up to {worst:.2f}, {int(posterior.divergences.sum())} divergences, "
+            f"{posterior.seconds:.0f} s; by noise alone mean err would be "
+            f"{entry.reference.noise:.2f}."
+        )
+    if len(beside) < len(entries):
+        notes.append("NUTS was not run where a latent is discrete or shared by all rows.")
+    for entry in entries:
+        if entry.evidence is not None and -entry.evidence.bias > max(0.05, 3 * entry.evidence.se):
+            notes.append(
+                f"log p(x) under {entry.name} is low by about {-entry.evidence.bias:.2f} nats: few "
+                "particles carry the weight. Raise particles."
+            )
+    return notes
+
+
+def _record(entry: Entry) -> dict[str, Any]:
+    evidence, reference = entry.evidence, entry.reference
+    return {
+        "guide": entry.name,
+        "elbo": entry.elbo.mean,
+        "elbo_se": entry.elbo.se,
+        "log_evidence": evidence.mean if evidence else math.nan,
+        "log_evidence_se": evidence.se if evidence else math.nan,
+        "log_evidence_bias": evidence.bias if evidence else math.nan,
+        "gap": entry.gap if entry.gap is not None else math.nan,
+        "gap_se": entry.gap_se if entry.gap_se is not None else math.nan,
+        "active_units": entry.active[0],
+        "units": entry.active[1],
+        "train_seconds": entry.fit.seconds,
+        "test_seconds": entry.test_seconds,
+        "parameters": entry.parameters,
+        "mean_error": reference.mean_error if reference else math.nan,
+        "mean_error_noise": reference.noise if reference else math.nan,
+        "scale_ratio": reference.scale_ratio if reference else math.nan,
+    }
+
+
+def _cells(entry: Entry) -> list[str]:
+    figures = _record(entry)
+
+    def pair(name: str) -> str:
+        if math.isnan(figures[name]):
+            return "-"
+        return f"{figures[name]:.3f} +- {figures[f'{name}_se']:.3f}"
+
+    reference = entry.reference
+    return [
+        entry.name,
+        pair("elbo"),
+        pair("log_evidence"),
+        pair("gap"),
+        f"{entry.active[0]}/{entry.active[1]}",
+        f"{entry.fit.seconds:.1f}",
+        f"{entry.test_seconds:.1f}",
+        f"{entry.parameters:,}",
+        f"{reference.mean_error:.2f}" if reference else "-",
+        f"{reference.scale_ratio:.2f}" if reference else "-",
+    ]
+
+
+def _label(name: str, progress: bool | None) -> bool | str | None:
+    """Name a bar, where bars are shown at all."""
+    return name if progress else progress

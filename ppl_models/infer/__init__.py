@@ -1,0 +1,8 @@
+"""Inference: objectives and SVI, samplers and posteriors."""
+
+from ppl_models.infer.mcmc.posterior import Posterior
+from ppl_models.infer.mcmc.run import NUTS, sample
+from ppl_models.infer.objectives import ELBO
+from ppl_models.infer.svi import Fit, fit
+
+__all__ = ["ELBO", "NUTS", "Fit", "Posterior", "fit", "sample"]

@@ -1,0 +1,331 @@
+"""Stochastic variational inference: fit a model and a guide to data."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.infer.autoguide import AutoGuide
+from pyro.infer.elbo import ELBO as PyroELBO
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.optimizer import Optimizer
+
+from ppl_models.core.batch import as_batch, check_device, check_model
+from ppl_models.core.checks import check_count
+from ppl_models.core.minibatch import minibatch
+from ppl_models.core.random import seeded
+from ppl_models.core.sites import SiteTable, describe_program
+from ppl_models.core.store import own_parameters
+from ppl_models.core.types import Batch, Objective
+from ppl_models.infer.objectives import ELBO
+from ppl_models.infer.progress import progress_bar
+
+BATCH = 128  # rows in a minibatch unless the caller says otherwise
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What `fit` did. The model and the guide were trained in place.
+
+    Attributes:
+        model: The model.
+        guide: The guide.
+        bounds: The objective's bound at each step, nats per row, shape (steps,), float64. Each is
+            a noisy estimate from one minibatch; see `ppl_models.evaluate.elbo` for a good one.
+        steps: Steps taken.
+        epochs: Passes over the data that they make up.
+        batch_size: Rows in a step.
+        seconds: Time taken, in seconds.
+        compiled: How the steps were run.
+        interrupted: Whether Ctrl-C or a callback ended it early.
+    """
+
+    model: Callable[..., Any] = field(repr=False)
+    guide: Callable[..., Any] = field(repr=False)
+    bounds: Tensor = field(repr=False)
+    steps: int
+    epochs: float
+    batch_size: int
+    seconds: float
+    compiled: str
+    interrupted: bool
+
+
+def fit(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    data: Any = (),
+    *,
+    objective: Objective | PyroELBO | None = None,
+    steps: int | None = None,
+    epochs: int | None = None,
+    batch_size: int | None = None,
+    optimizer: Callable[..., Optimizer] | None = None,
+    lr: float = 1e-3,
+    schedule: Callable[[Optimizer], LRScheduler] | None = None,
+    seed: int | None = None,
+    device: torch.device | str | None = None,
+    fixed_model: bool = False,
+    plate: str = "data",
+    progress: bool | str | None = None,
+    callbacks: Sequence[Callable[[int, float], Any]] = (),
+) -> Fit:
+    r"""Fit the parameters of a model and of a guide by stochastic gradient ascent on a bound.
+
+    Both are trained in place. Ctrl-C ends the training after the step under way, and what has been
+    learnt so far is returned; a second Ctrl-C interrupts at once.
+
+    Arguments:
+        model: Any Pyro model.
+        guide: Any Pyro guide for it.
+        data: A tensor or array of N rows, a tuple of several with the same N, or a torch
+            `Dataset`. Floating data take the dtype of the model's parameters.
+        objective: The bound, by default `ELBO()`; or any ELBO of `pyro.infer`.
+        steps: Optimisation steps; 1000 if `epochs` is not given either.
+        epochs: Passes over the data, instead of `steps`.
+        batch_size: Rows in a step, by default 128, or all of them where there are fewer or the
+            model has no plate over rows. Rows are shuffled anew for each epoch; the last batch of
+            an epoch may be smaller.
+        optimizer: Makes a torch optimiser from parameters and `lr`, by default Adam.
+        lr: Learning rate. The objective is per row, so it does not depend on N.
+        schedule: Makes a torch learning-rate scheduler from the optimiser, stepped at every step.
+        seed: An integer isolates and reproduces; None draws from the global random stream.
+        device: Where to train, by default where the model's parameters are. Modules are moved.
+        fixed_model: Train the guide only.
+        plate: Name of the plate over rows.
+        progress: Whether to show a bar, or a label for it; None shows it on a terminal.
+        callbacks: Called after each step with its number, from 1, and its bound in nats per row;
+            one that returns True ends the training.
+
+    Raises:
+        ValueError: If an argument is out of range, the data are not what the model describes, or
+            the guide does not fit the model. Nothing has changed then.
+        FloatingPointError: If the bound is not finite at a step. The parameters are those before
+            that step.
+
+    Example:
+        >>> from guides import Amortized
+        >>> from ppl_models import PPCA
+        >>> model = PPCA(data_dim=5, latent_dim=2)
+        >>> result = fit(model, Amortized(model), model(size=64), steps=3, seed=0)
+        >>> result.bounds.shape
+        torch.Size([3])
+    """
+    _check_choices(steps, epochs, batch_size, lr)
+    place = check_device(device)
+    batch = as_batch(data, model, guide, device=place)
+    size = len(batch[0]) if batch else 1
+    with _moved(place, model, guide), own_parameters(model, guide), seeded(seed):
+        rows = size if batch_size is None else min(batch_size, size)
+        table = check_model(model, batch, plate=plate, rows=min(rows, BATCH, size))
+        if batch_size is None and table.row_wise and not table.subsamples_itself:
+            rows = min(BATCH, size)
+        _check_minibatches(table, guide, rows, size)
+        part = tuple(value[:rows] for value in batch)
+        index = torch.arange(rows)
+        objective = ELBO() if objective is None else objective
+        with minibatch(index, size, plate=plate) if rows < size else nullcontext():
+            leaves = _leaves(model, guide, part, fixed_model=fixed_model)
+            if isinstance(objective, ELBO):
+                objective = objective.prepare(model, guide, *part)
+        optimise = (optimizer or partial(torch.optim.Adam, fused=True))(leaves, lr=lr)
+        run = _Run(model, guide, objective, batch, leaves, plate, size)
+        in_epoch = -(-size // rows)
+        total = epochs * in_epoch if epochs is not None else steps or 1000
+        label = progress if isinstance(progress, str) else "fit"
+        show = True if isinstance(progress, str) else progress
+        bounds: list[float] = []
+        start = time.perf_counter()
+        scheduler = schedule(optimise) if schedule is not None else None
+        with progress_bar(total, label, show) as bar, _interruptible() as interrupted:
+            for step, chosen in enumerate(_batches(size, rows, total), start=1):
+                bound = run.gradients(chosen)
+                if not torch.isfinite(bound):
+                    raise FloatingPointError(
+                        f"fit: the bound is {bound.item()} at step {step}, and training has "
+                        "stopped before it. Try a smaller lr, or a likelihood with a minimum scale."
+                    )
+                optimise.step()
+                if scheduler is not None:
+                    scheduler.step()
+                bounds.append(bound.item())
+                if bar is not None:
+                    speed = step * rows / (time.perf_counter() - start)
+                    bar(step, f"bound {bounds[-1]:.4g} nats/row, {speed:,.0f} rows/s")
+                for callback in callbacks:
+                    if callback(step, bounds[-1]) is True:
+                        interrupted.set()
+                if interrupted.is_set():
+                    break
+        for leaf in leaves:
+            leaf.grad = None
+        return Fit(
+            model=model,
+            guide=guide,
+            bounds=torch.tensor(bounds, dtype=torch.float64),
+            steps=len(bounds),
+            epochs=len(bounds) / in_epoch,
+            batch_size=rows,
+            seconds=time.perf_counter() - start,
+            compiled="eager",
+            interrupted=interrupted.is_set(),
+        )
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One step: a function of the chosen rows and of the parameters, and of nothing else."""
+
+    model: Callable[..., Any]
+    guide: Callable[..., Any]
+    objective: Any
+    batch: Batch
+    leaves: list[Tensor]
+    plate: str
+    size: int
+
+    def gradients(self, index: Tensor | None) -> Tensor:
+        """Leave in each leaf the gradient of minus the bound, and return the bound, per row."""
+        if index is None:
+            return self._gradients(self.batch)
+        part = tuple(value[index.to(value.device)] for value in self.batch)
+        with minibatch(index, self.size, plate=self.plate):
+            return self._gradients(part)
+
+    def _gradients(self, part: Batch) -> Tensor:
+        if isinstance(self.objective, PyroELBO):
+            for leaf in self.leaves:
+                leaf.grad = None
+            pyro_elbo: Any = self.objective
+            loss = pyro_elbo.loss_and_grads(self.model, self.guide, *part)
+            for leaf in self.leaves:
+                if leaf.grad is not None:
+                    leaf.grad /= self.size
+            return -torch.as_tensor(loss).detach() / self.size
+        surrogate, bound = self.objective(self.model, self.guide, *part)
+        gradients = torch.autograd.grad(-surrogate / self.size, self.leaves, allow_unused=True)
+        for leaf, gradient in zip(self.leaves, gradients, strict=True):
+            leaf.grad = gradient
+        return bound.detach() / self.size
+
+
+def _batches(size: int, rows: int, total: int) -> Iterator[Tensor | None]:
+    """Yield the rows of each step: shuffled anew for each epoch, None for all of them."""
+    if rows >= size:
+        for _ in range(total):
+            yield None
+        return
+    while total > 0:
+        yield from torch.randperm(size).split(rows)[:total]
+        total -= -(-size // rows)
+
+
+def _leaves(
+    model: Callable[..., Any], guide: Callable[..., Any], batch: Batch, *, fixed_model: bool
+) -> list[Tensor]:
+    """Find the tensors to train: parameters of modules, and whatever `pyro.param` is asked for."""
+    guide_trace = poutine.trace(guide).get_trace(*batch)
+    with poutine.trace(param_only=True) as capture:
+        poutine.replay(model, trace=guide_trace)(*batch)
+
+    def parameters(program: Any, trace: Any) -> list[Tensor]:
+        own = list(program.parameters()) if isinstance(program, nn.Module) else []
+        nodes = [node for node in trace.nodes.values() if node["type"] == "param"]
+        asked = [node["value"].unconstrained() for node in nodes]
+        return [value for value in [*own, *asked] if value.requires_grad and value.is_leaf]
+
+    of_model = {id(value): value for value in parameters(model, capture.trace)}
+    of_guide = {id(value): value for value in parameters(guide, guide_trace)}
+    if fixed_model:
+        leaves = [value for key, value in of_guide.items() if key not in of_model]
+    else:
+        leaves = list((of_model | of_guide).values())
+    if not leaves:
+        raise ValueError(
+            f"fit: there is nothing to train. Neither {describe_program(model)} nor "
+            f"{describe_program(guide)} has a parameter with requires_grad=True"
+            f"{' of its own (fixed_model=True)' if fixed_model else ''}."
+        )
+    return leaves
+
+
+def _check_choices(
+    steps: int | None, epochs: int | None, batch_size: int | None, lr: float
+) -> None:
+    if steps is not None and epochs is not None:
+        raise ValueError(f"fit: give either steps or epochs, got both, {steps=} and {epochs=}.")
+    for name, value in (("steps", steps), ("epochs", epochs), ("batch_size", batch_size)):
+        if value is not None:
+            check_count("fit", name, value)
+    if not lr > 0:
+        raise ValueError(f"fit: lr must be > 0, got {lr}.")
+
+
+def _check_minibatches(table: SiteTable, guide: Any, rows: int, size: int) -> None:
+    if rows >= size:
+        return
+    if not table.row_wise:
+        raise ValueError(
+            f"fit: batch_size={rows} of {size} rows needs a model with a plate over rows, but no "
+            f"site is inside plate '{table.plate}'. Write `with pyro.plate('{table.plate}', "
+            "len(x)):`, name the plate with plate=..., or leave batch_size out."
+        )
+    if table.subsamples_itself:
+        raise ValueError(
+            f"fit: plate '{table.plate}' subsamples by itself, so batch_size={rows} of {size} rows "
+            "would subsample twice. Leave batch_size out, or write the plain "
+            f"`pyro.plate('{table.plate}', len(x))`."
+        )
+    if isinstance(guide, AutoGuide) and table.locals:
+        raise ValueError(
+            f"fit: {type(guide).__name__} ties the parameters of {[s.name for s in table.locals]} "
+            f"to positions in the batch, not to rows, so batch_size must be {size} (all rows), got "
+            f"{rows}. Use guides.Local or guides.Amortized for minibatches."
+        )
+
+
+@contextmanager
+def _moved(device: torch.device | None, *programs: Any) -> Iterator[None]:
+    """Move modules to a device; back again if the block fails."""
+    modules = [p for p in programs if isinstance(p, nn.Module)]
+    if device is None:
+        yield
+        return
+    origins = [next((p.device for p in module.parameters()), device) for module in modules]
+    for module in modules:
+        module.to(device)
+    try:
+        yield
+    except BaseException:
+        for module, origin in zip(modules, origins, strict=True):
+            module.to(origin)
+        raise
+
+
+@contextmanager
+def _interruptible() -> Iterator[threading.Event]:
+    """Turn the first Ctrl-C into an event, so that no step is torn; the second one interrupts."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+
+    def on_interrupt(number: int, frame: Any) -> None:
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+
+    before = signal.signal(signal.SIGINT, on_interrupt)
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,1 @@
+"""What two or more models share: networks, likelihoods, priors on parameters."""

@@ -1,0 +1,92 @@
+"""Likelihoods: from the numbers that a decoder puts out to a distribution of one row.
+
+Each is a callable with an attribute `size`: the numbers it needs for each element of the data. A
+decoder puts out an array of shape (size, *event) for a row, or anything with as many numbers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import pyro.distributions as dist
+from jaxtyping import Float
+from torch import Tensor
+
+from ppl_models.core.types import Distribution
+
+
+class Likelihood(Protocol):
+    """A distribution of one row, given the numbers that a decoder puts out."""
+
+    @property
+    def size(self) -> int:
+        """Numbers for each element of the data."""
+        ...
+
+    def __call__(self, outputs: Tensor, event_dim: int) -> Distribution:
+        """Turn outputs of shape (*batch, size, *event) into a distribution over (*event)."""
+        ...
+
+
+@dataclass(frozen=True)
+class Bernoulli:
+    """Independent Bernoulli elements; the outputs are logits. Data are floats, 0 or 1."""
+
+    size: int = field(default=1, init=False)
+
+    def __call__(self, outputs: Float[Tensor, "*batch 1 *event"], event_dim: int) -> Distribution:
+        """Turn logits into a distribution."""
+        return dist.Bernoulli(logits=outputs.squeeze(-event_dim - 1)).to_event(event_dim)
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    r"""Independent normal elements, each with a learnt scale.
+
+    The outputs are loc and :math:`\log \sigma^2`, and the scale is `min_scale` plus sigma. Without
+    a minimum the likelihood of an element that hardly varies grows without bound.
+
+    Arguments:
+        min_scale: Smallest standard deviation, in the units of the data.
+    """
+
+    min_scale: float = 1e-3
+    size: int = field(default=2, init=False)
+
+    def __post_init__(self) -> None:
+        if not self.min_scale >= 0.0:
+            raise ValueError(f"Gaussian: min_scale must be >= 0, got {self.min_scale}.")
+
+    def __call__(self, outputs: Float[Tensor, "*batch 2 *event"], event_dim: int) -> Distribution:
+        """Turn loc and log squared scale into a distribution."""
+        loc, log_square = outputs.unbind(-event_dim - 1)
+        return dist.Normal(loc, self.min_scale + (log_square / 2).exp()).to_event(event_dim)
+
+
+@dataclass(frozen=True)
+class Categorical:
+    """Independent categorical elements; the outputs are logits, and data are one-hot floats.
+
+    A row has shape (*event, classes): with codes 0, 1, ... in `codes`, pass
+    `torch.nn.functional.one_hot(codes, classes).float()`.
+
+    Arguments:
+        classes: Values that an element can take, at least 2.
+    """
+
+    classes: int
+
+    def __post_init__(self) -> None:
+        if self.classes < 2:
+            raise ValueError(f"Categorical: classes must be at least 2, got {self.classes}.")
+
+    @property
+    def size(self) -> int:
+        """One logit a class."""
+        return self.classes
+
+    def __call__(self, outputs: Float[Tensor, "*batch C *event"], event_dim: int) -> Distribution:
+        """Turn logits into a distribution over one-hot arrays."""
+        logits = outputs.movedim(-event_dim - 1, -1)
+        return dist.OneHotCategorical(logits=logits).to_event(event_dim)

@@ -1,0 +1,82 @@
+"""Networks that carry arbitrary leading dimensions, in their input and in their parameters."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.func import functional_call
+
+
+def mlp(inputs: int, hidden: Sequence[int], outputs: int | None = None) -> nn.Sequential:
+    """Build a tanh network, as in the lecture: h = tanh(W x + b), and a linear layer on top.
+
+    Arguments:
+        inputs: Input features.
+        hidden: Features of each hidden layer; an empty sequence leaves the linear layer only.
+        outputs: Features of the linear layer on top, or None to end with the last hidden layer.
+
+    Example:
+        >>> mlp(4, (8,), 2)(torch.zeros(3, 4)).shape
+        torch.Size([3, 2])
+    """
+    layers: list[nn.Module] = []
+    for features in hidden:
+        layers += [nn.Linear(inputs, features), nn.Tanh()]
+        inputs = features
+    if outputs is not None:
+        layers.append(nn.Linear(inputs, outputs))
+    return nn.Sequential(*layers)
+
+
+class Network(nn.Module):
+    r"""Give any network over rows leading dimensions on the left.
+
+    A layer such as `Conv2d` takes one batch dimension, and `functional.linear` takes a weight
+    without any. Vectorised particles and chains put theirs on the left of the rows, and of the
+    parameters when those are latent. The wrapped network always sees inputs of shape (rows, K).
+
+    Arguments:
+        net: Maps (rows, K) to (rows, ...).
+
+    Example:
+        >>> Network(nn.Linear(3, 2))(torch.zeros(5, 4, 3)).shape
+        torch.Size([5, 4, 2])
+    """
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+        named = [*net.named_parameters(), *net.named_buffers()]
+        self._ndims = {name: tensor.ndim for name, tensor in named}
+
+    def forward(self, z: Float[Tensor, "*batch K"]) -> Float[Tensor, "*batch ..."]:
+        """Apply the network along the last dimension."""
+        tensors = dict(self.net.named_parameters()) | dict(self.net.named_buffers())
+        batched = {name: t for name, t in tensors.items() if t.ndim > self._ndims[name]}
+        if not batched:
+            return _over_rows(self.net, z)
+        # A latent parameter has shape (*outer, 1, ..., 1, *own): one network for each outer index,
+        # and the ones stand for the plates that its rows are in.
+        leads = [t.shape[: t.ndim - self._ndims[name]] for name, t in batched.items()]
+        lead = torch.broadcast_shapes(*leads)
+        inner = len(lead) - max((i + 1 for i, n in enumerate(lead) if n > 1), default=0)
+        outer = lead[: len(lead) - inner]
+        flat = {}
+        for name, tensor in batched.items():
+            own = tensor.shape[tensor.ndim - self._ndims[name] :]
+            flat[name] = tensor.expand(*lead, *own).reshape(math.prod(outer), *own)
+        z = z.expand(*outer, *z.shape[-inner - 1 :])
+        rows = z.reshape(math.prod(outer), -1, z.shape[-1])
+        out = torch.vmap(lambda own, x: functional_call(self.net, own, (x,)))(flat, rows)
+        return out.reshape(*z.shape[:-1], *out.shape[2:])
+
+
+def _over_rows(net: nn.Module, z: Tensor) -> Tensor:
+    if z.ndim == 2:
+        return net(z)
+    out = net(z.reshape(-1, z.shape[-1]))
+    return out.reshape(*z.shape[:-1], *out.shape[1:])

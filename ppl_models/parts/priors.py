@@ -1,0 +1,140 @@
+"""Parameters as global latents: one mechanism for Bayesian networks and for any model."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.nn import PyroModule
+from pyro.poutine.runtime import get_plates
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from ppl_models.core.random import unique_name
+from ppl_models.core.types import Distribution
+from ppl_models.parts.nn import Network
+
+#: From the name and the value of a parameter to its prior, or to None to leave it a parameter.
+Prior = Callable[[str, Tensor], Distribution | None]
+
+
+def normal(scale: float = 1.0) -> Prior:
+    """Give every parameter an independent normal prior around zero.
+
+    Arguments:
+        scale: Its standard deviation.
+    """
+    if not scale > 0.0:
+        raise ValueError(f"normal: scale must be > 0, got {scale}.")
+    return lambda _, value: dist.Normal(torch.zeros_like(value), scale).to_event(value.ndim)
+
+
+def bayesian(module: nn.Module, prior: Prior | Distribution) -> PyroModule:
+    r"""Turn the parameters of a module, or of a whole model, into global latents.
+
+    .. math::
+
+        w \sim p(w), \qquad \text{then the module, with } w \text{ for its parameters}
+
+    Sites: one for each parameter that gets a prior, named as in `module.named_parameters()`, and
+    the sites of the module itself. They are outside every plate, so the guide of any model gets
+    the full posterior of its parameters by the same call.
+
+    Arguments:
+        module: A model, or a network to be called inside one (outside its plates). It is copied,
+            and left as it is.
+        prior: A distribution that is expanded over each parameter, or a function of the name and
+            the value of a parameter that returns a distribution over values of that shape, all of
+            it event, or None to leave it a parameter. See `ppl_models.parts.priors.normal`.
+
+    Raises:
+        ValueError: If no parameter gets a prior, or a prior has the wrong shape.
+
+    Example:
+        >>> from ppl_models import PPCA
+        >>> from ppl_models.core.sites import site_table
+        >>> ppca = PPCA(data_dim=3, latent_dim=1)
+        >>> model = bayesian(ppca, lambda name, w: normal()(name, w) if name == "loading" else None)
+        >>> print(site_table(model, model(size=5)))
+        site     role           plates  batch  event   support
+        loading  global latent  -       ()     (3, 1)  real matrix
+        z        local latent   data    (5,)   (1,)    real vector
+        x        observed       data    (5,)   (3,)    real vector
+    """
+    return Bayesian(module, prior)
+
+
+class Bayesian(PyroModule):
+    """A module whose parameters are latents: see `bayesian`."""
+
+    def __init__(self, module: nn.Module, prior: Prior | Distribution) -> None:
+        super().__init__(unique_name("bayesian"))
+        copied = copy.deepcopy(module)
+        # Inside a plain module the copy keeps a Pyro context of its own, which stays inactive: the
+        # sampled values that stand in for its parameters are never registered as parameters.
+        inner = _Plain(copied if isinstance(copied, PyroModule) else Network(copied))
+        prefix = "module." if isinstance(copied, PyroModule) else "module.net."
+        self._prior = _as_prior(prior)
+        self._names: dict[str, str] = {}
+        for name, parameter in copied.named_parameters():
+            fn = self._prior(name, parameter.detach())
+            if fn is None:
+                continue
+            if fn.batch_shape or fn.event_shape != parameter.shape:
+                raise ValueError(
+                    f"bayesian: the prior of '{name}' must have event shape "
+                    f"{tuple(parameter.shape)} and no batch shape, got event "
+                    f"{tuple(fn.event_shape)} and batch {tuple(fn.batch_shape)}. "
+                    "Use `.to_event(w.ndim)`."
+                )
+            self._names[name] = prefix + name
+        if not self._names:
+            raise ValueError(
+                f"bayesian: no parameter of {type(module).__name__} got a prior; it has "
+                f"{[name for name, _ in module.named_parameters()]}."
+            )
+        for name in self._names:
+            path, _, leaf = name.rpartition(".")
+            owner = copied.get_submodule(path)
+            value = getattr(owner, leaf).detach().clone()
+            delattr(owner, leaf)
+            owner.register_buffer(leaf, value)
+        self.inner = inner
+        object.__setattr__(self, "__signature__", inspect.signature(copied.forward))
+
+    def forward(self, *batch: Any, **options: Any) -> Any:
+        """Sample the parameters, then run the module with them."""
+        if any(frame.name == "data" for frame in get_plates()):
+            raise ValueError(
+                "bayesian: its parameters are shared by all rows, so it must be called outside "
+                "`pyro.plate('data', ...)`. Move the call above the plate."
+            )
+        inner = self.inner
+        values = dict(inner.named_buffers())
+        latent = {
+            full: pyro.sample(name, self._prior(name, values[full]))
+            for name, full in self._names.items()
+        }
+        return functional_call(inner, latent, batch, options)
+
+
+class _Plain(nn.Module):
+    """Hold a module, and call its `forward` directly."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *batch: Any, **options: Any) -> Any:
+        return self.module.forward(*batch, **options)
+
+
+def _as_prior(prior: Any) -> Prior:
+    if not hasattr(prior, "sample"):
+        return prior
+    return lambda _, value: prior.expand(value.shape).to_event(value.ndim)
