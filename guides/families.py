@@ -388,6 +388,7 @@ class _FullNormal(_Bijected):
         order = torch.full((n, n), n * (n - 1) // 2)
         rows, columns = torch.tril_indices(n, n, -1)
         order[rows, columns] = torch.arange(len(rows))
+        self._order: Tensor
         self.register_buffer("_order", order, persistent=False)
 
     def forward(self, parameters: Tensor) -> Distribution:

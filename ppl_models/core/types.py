@@ -47,7 +47,7 @@ class Objective(Protocol):
 
 
 @runtime_checkable
-class Refinable(Protocol):
+class Refinable(Guide, Protocol):
     """A guide with parameters of its own for each row, which new rows need fitted afresh."""
 
     def refine(self, *batch: Tensor, **options: Any) -> Guide:

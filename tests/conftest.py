@@ -1,0 +1,22 @@
+"""What every test stands on: one thread, float64, a seed, an empty parameter store."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pyro
+import pytest
+import torch
+
+torch.set_num_threads(1)  # two test processes share two cores
+
+
+@pytest.fixture(autouse=True)
+def _isolated() -> Iterator[None]:
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    pyro.clear_param_store()
+    torch.manual_seed(0)
+    yield
+    pyro.clear_param_store()
+    torch.set_default_dtype(dtype)
