@@ -14,6 +14,7 @@ from ppl_models.core.sites import (
     Site,
     SiteTable,
     argument_names,
+    base_support,
     describe,
     describe_program,
     site_table,
@@ -183,9 +184,7 @@ def _check_observed(site: Site, value: Tensor, what: str) -> None:
             "The first dimension is rows; the others must be the model's own."
         )
     support = site.support
-    if not value.is_floating_point() and not (
-        support.is_discrete and support is not constraints.boolean
-    ):
+    if not value.is_floating_point() and (not support.is_discrete or _is_boolean(support)):
         raise ValueError(
             f"{what}: {describe_fn(site)} needs floating point values, got {value.dtype}. "
             "Convert with x.float()."
@@ -215,9 +214,7 @@ def describe_fn(site: Site) -> str:
 
 
 def _is_boolean(support: constraints.Constraint) -> bool:
-    while isinstance(support, constraints.independent):
-        support = support.base_constraint
-    return support is constraints.boolean
+    return base_support(support)[0] is constraints.boolean
 
 
 def _axes(site: Site) -> str:

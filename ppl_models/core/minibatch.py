@@ -110,7 +110,8 @@ class minibatch(Messenger):
         if isinstance(scale, Tensor) and scale.ndim and frame.dim is not None:
             scale = scale.reshape((-1,) + (1,) * (-frame.dim - 1))
         elif isinstance(scale, Tensor) and scale.ndim:
-            scale = scale[frame.counter - 1]  # a sequential plate counts its rows from 1
+            # A sequential plate counts its rows from 1, and on if it is looped over again.
+            scale = scale[(frame.counter - 1) % len(scale)]
         msg["scale"] = msg["scale"] * scale
 
     def _pyro_current_minibatch(self, msg: Any) -> None:

@@ -58,6 +58,19 @@ def scratch_store() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def unchanged_on_error() -> Iterator[None]:
+    """Forget the `pyro.param` statements of a block that fails."""
+    store = pyro.get_param_store()
+    before = store.get_state()
+    try:
+        yield
+    except BaseException:
+        store.clear()
+        store.set_state(before)
+        raise
+
+
 def _store_names(module: nn.Module) -> Iterator[tuple[str, Tensor, Any]]:
     """Yield the names under which Pyro would register a module's parameters."""
     if not isinstance(module, PyroModule):

@@ -148,7 +148,8 @@ def _analytic_divergences(pair: Pair) -> dict[str, Tensor]:
     """KL(q || p) at each site where it has a closed form and is a term of the bound.
 
     It is one if all latents that p may depend on were drawn before the site was: then it is the
-    mean of log q - log p over the site's own draw, given theirs.
+    mean of log q - log p over the site's own draw, given theirs. Both must be scaled and masked
+    alike.
     """
     q: dict[str, Any] = dict(stochastic_nodes(pair.guide))
     before: dict[str, set[str]] = {}
@@ -162,7 +163,7 @@ def _analytic_divergences(pair: Pair) -> dict[str, Tensor]:
     for name, node in stochastic_nodes(pair.model):
         if node["is_observed"]:
             continue
-        if parents <= before[name]:
+        if parents <= before[name] and _scaled_alike(q[name], node):
             try:
                 value = kl_divergence(q[name]["fn"], node["fn"])
             except NotImplementedError:
@@ -171,3 +172,16 @@ def _analytic_divergences(pair: Pair) -> dict[str, Tensor]:
                 divergences[name] = scale_and_mask(value, node["scale"], node["mask"])
         parents.add(name)
     return divergences
+
+
+def _scaled_alike(q: Any, p: Any) -> bool:
+    for key in ("scale", "mask"):
+        one, other = q[key], p[key]
+        if one is other:
+            continue
+        if isinstance(one, Tensor) and isinstance(other, Tensor):
+            if one.shape != other.shape or not torch.equal(one, other):
+                return False
+        elif isinstance(one, Tensor) or isinstance(other, Tensor) or one != other:
+            return False
+    return True

@@ -24,7 +24,7 @@ from ppl_models.core.checks import check_count
 from ppl_models.core.minibatch import minibatch
 from ppl_models.core.random import seeded
 from ppl_models.core.sites import SiteTable, describe_program
-from ppl_models.core.store import own_parameters
+from ppl_models.core.store import own_parameters, unchanged_on_error
 from ppl_models.core.types import Batch, Objective
 from ppl_models.infer.objectives import ELBO
 from ppl_models.infer.progress import progress_bar
@@ -133,7 +133,8 @@ def fit(
         part = tuple(value[:rows] for value in batch)
         index = torch.arange(rows)
         objective = ELBO() if objective is None else objective
-        with minibatch(index, size, plate=plate) if rows < size else nullcontext():
+        scaled = minibatch(index, size, plate=plate) if rows < size else nullcontext()
+        with unchanged_on_error(), scaled:
             leaves = _leaves(model, guide, part, fixed_model=fixed_model)
             if isinstance(objective, ELBO):
                 objective = objective.prepare(model, guide, *part)
@@ -146,7 +147,11 @@ def fit(
         bounds: list[float] = []
         start = time.perf_counter()
         scheduler = schedule(optimise) if schedule is not None else None
-        with progress_bar(total, label, show) as bar, _interruptible() as interrupted:
+        with (
+            _no_gradients_after(model, guide, leaves),
+            progress_bar(total, label, show) as bar,
+            _interruptible() as interrupted,
+        ):
             for step, chosen in enumerate(_batches(size, rows, total), start=1):
                 bound = run.gradients(chosen)
                 if not torch.isfinite(bound):
@@ -166,8 +171,6 @@ def fit(
                         interrupted.set()
                 if interrupted.is_set():
                     break
-        for leaf in leaves:
-            leaf.grad = None
         return Fit(
             model=model,
             guide=guide,
@@ -214,7 +217,8 @@ class _Run:
         surrogate, bound = self.objective(self.model, self.guide, *part)
         gradients = torch.autograd.grad(-surrogate / self.size, self.leaves, allow_unused=True)
         for leaf, gradient in zip(self.leaves, gradients, strict=True):
-            leaf.grad = gradient
+            # In the layout of the leaf: fused optimisers read both as flat memory, unchecked.
+            leaf.grad = None if gradient is None else torch.empty_like(leaf).copy_(gradient)
         return bound.detach() / self.size
 
 
@@ -309,6 +313,17 @@ def _moved(device: torch.device | None, *programs: Any) -> Iterator[None]:
         for module, origin in zip(modules, origins, strict=True):
             module.to(origin)
         raise
+
+
+@contextmanager
+def _no_gradients_after(model: Any, guide: Any, leaves: list[Tensor]) -> Iterator[None]:
+    """Leave no gradients behind: not those of a fixed model, which Pyro computes all the same."""
+    modules = [p for p in (model, guide) if isinstance(p, nn.Module)]
+    try:
+        yield
+    finally:
+        for value in [*leaves, *(p for module in modules for p in module.parameters())]:
+            value.grad = None
 
 
 @contextmanager
