@@ -137,4 +137,12 @@ class _Plain(nn.Module):
 def _as_prior(prior: Any) -> Prior:
     if not hasattr(prior, "sample"):
         return prior
-    return lambda _, value: prior.expand(value.shape).to_event(value.ndim)
+
+    def expanded(_: str, value: Tensor) -> Distribution:
+        # In the precision and on the device of the parameter, where the arguments are at hand.
+        names = [name for name in prior.arg_constraints if name in vars(prior)]
+        moved = {name: getattr(prior, name).to(value) for name in names}
+        own = type(prior)(**moved) if moved else prior
+        return own.expand(value.shape).to_event(value.ndim)
+
+    return expanded
