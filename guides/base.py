@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from guides import families
-from guides.families import Conditional, Family
+from guides.conditionals import Conditional
+from guides.families import Family
 from ppl_models.core.batch import as_batch
 from ppl_models.core.random import unique_name
 from ppl_models.core.sites import Site, base_support, describe_program, example_batch, site_table

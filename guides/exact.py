@@ -129,7 +129,9 @@ class Exact(PyroModule):
         shape = self._shapes[site]
         if len(shape) == 1:
             return fn
-        return dist.TransformedDistribution(fn, [ReshapeTransform(torch.Size((stop - start,)), shape)])
+        return dist.TransformedDistribution(
+            fn, [ReshapeTransform(torch.Size((stop - start,)), shape)]
+        )
 
     def _moments(self, *batch: Tensor) -> Distribution | tuple[Tensor, Tensor]:
         """Return the model's own posterior, or mean and Cholesky factor of the covariance."""

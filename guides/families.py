@@ -7,40 +7,26 @@ value of that site. Where the numbers come from, a network or a table, is the gu
 from __future__ import annotations
 
 import abc
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import pyro.distributions as dist
 import torch
 import zuko
-from jaxtyping import Float
-from pyro.contrib.zuko import ZukoToPyro
-from torch import Size, Tensor, nn
+from torch import nn
 from torch.distributions import biject_to, constraints
-from torch.distributions import transforms as T
 
+from guides.conditionals import (
+    Conditional,
+    DiagonalNormal,
+    Elementwise,
+    FlowConditional,
+    FullCovariance,
+    Lastwise,
+    LowRankCovariance,
+)
 from ppl_models.core.sites import Site, base_support, describe
-from ppl_models.core.types import Distribution
-
-
-class Conditional(nn.Module, abc.ABC):
-    """A distribution over one value of a site, as a function of `size` numbers.
-
-    Attributes:
-        size: The numbers it takes.
-    """
-
-    size: int
-
-    @abc.abstractmethod
-    def forward(self, parameters: Float[Tensor, "*batch P"]) -> Distribution:
-        """Return a distribution with batch shape `*batch` and the event shape of the site."""
-
-    def initial(self) -> Float[Tensor, " P"]:
-        """Return the numbers that free parameters start from."""
-        return torch.zeros(self.size)
 
 
 class Family(abc.ABC):
@@ -74,9 +60,6 @@ class Family(abc.ABC):
     def _build(self, site: Site) -> Conditional: ...
 
 
-# --- normal families, on the unconstrained space ------------------------------------------------
-
-
 class _Unconstrained(Family):
     """Lives on the unconstrained space, and is carried to the support by a bijection."""
 
@@ -98,7 +81,7 @@ class Normal(_Unconstrained):
     """
 
     def _build(self, site: Site) -> Conditional:
-        return _DiagonalNormal(site)
+        return DiagonalNormal(site)
 
 
 @dataclass(frozen=True)
@@ -116,7 +99,7 @@ class LowRankNormal(_Unconstrained):
             raise ValueError(f"LowRankNormal: rank must be at least 1, got {self.rank}.")
 
     def _build(self, site: Site) -> Conditional:
-        return _LowRankNormal(site, self.rank)
+        return LowRankCovariance(site, self.rank)
 
 
 @dataclass(frozen=True)
@@ -124,7 +107,7 @@ class FullNormal(_Unconstrained):
     """Normal with a full covariance matrix, by its Cholesky factor."""
 
     def _build(self, site: Site) -> Conditional:
-        return _FullNormal(site)
+        return FullCovariance(site)
 
 
 class Flow(_Unconstrained):
@@ -164,13 +147,15 @@ class Flow(_Unconstrained):
         return super().refuses(site)
 
     def _build(self, site: Site) -> Conditional:
-        return _Flow(site, self)
+        return FlowConditional(
+            site,
+            lambda features: self.flow(features=features, context=self.context, **self.options),
+            context=self.context,
+            inverse=self.inverse,
+        )
 
     def __repr__(self) -> str:
         return f"Flow({getattr(self.flow, '__name__', self.flow)}, context={self.context})"
-
-
-# --- families for one support ----------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -199,7 +184,7 @@ class Gamma(_OneSupport):
         return _is_half_line(base)
 
     def _build(self, site: Site) -> Conditional:
-        return _Elementwise(site, 2, lambda a, b: dist.Gamma(a.exp(), b.exp()))
+        return Elementwise(site, 2, lambda a, b: dist.Gamma(a.exp(), b.exp()))
 
 
 @dataclass(frozen=True)
@@ -214,7 +199,7 @@ class Beta(_OneSupport):
         )
 
     def _build(self, site: Site) -> Conditional:
-        return _Elementwise(site, 2, lambda a, b: dist.Beta(a.exp(), b.exp()))
+        return Elementwise(site, 2, lambda a, b: dist.Beta(a.exp(), b.exp()))
 
 
 @dataclass(frozen=True)
@@ -227,7 +212,7 @@ class Dirichlet(_OneSupport):
         return base is constraints.simplex
 
     def _build(self, site: Site) -> Conditional:
-        return _Lastwise(site, site.event_shape[-1], lambda a: dist.Dirichlet(a.exp()))
+        return Lastwise(site, site.event_shape[-1], lambda a: dist.Dirichlet(a.exp()))
 
 
 @dataclass(frozen=True)
@@ -240,7 +225,7 @@ class Bernoulli(_OneSupport):
         return base is constraints.boolean
 
     def _build(self, site: Site) -> Conditional:
-        return _Elementwise(site, 1, lambda logits: dist.Bernoulli(logits=logits))
+        return Elementwise(site, 1, lambda logits: dist.Bernoulli(logits=logits))
 
 
 @dataclass(frozen=True)
@@ -255,7 +240,7 @@ class Categorical(_OneSupport):
     def _build(self, site: Site) -> Conditional:
         upper = _upper(base_support(site.support)[0])
         assert upper is not None
-        return _Lastwise(
+        return Lastwise(
             site, upper + 1, lambda logits: dist.Categorical(logits=logits), appended=True
         )
 
@@ -271,7 +256,7 @@ class OneHotCategorical(_OneSupport):
 
     def _build(self, site: Site) -> Conditional:
         make = lambda logits: dist.OneHotCategorical(logits=logits)
-        return _Lastwise(site, site.event_shape[-1], make)
+        return Lastwise(site, site.event_shape[-1], make)
 
 
 @dataclass(frozen=True)
@@ -284,7 +269,7 @@ class Poisson(_OneSupport):
         return base is constraints.nonnegative_integer
 
     def _build(self, site: Site) -> Conditional:
-        return _Elementwise(site, 1, lambda log_rate: dist.Poisson(log_rate.exp()))
+        return Elementwise(site, 1, lambda log_rate: dist.Poisson(log_rate.exp()))
 
 
 #: Every family, the default for a support first.
@@ -316,172 +301,6 @@ def default(site: Site) -> Family:
         f"no family can serve site '{site.name}' with support {describe(site.support)}. Write a "
         "`families.Family` for it and pass family={'" + site.name + "': YourFamily()}."
     )
-
-
-# --- the modules -------------------------------------------------------------------------------
-
-
-class _Bijected(Conditional):
-    """What the normal families share: the way from a flat real vector to the support."""
-
-    def __init__(self, site: Site) -> None:
-        super().__init__()
-        support = site.support
-        self._is_real = base_support(support)[0] is constraints.real
-        self._bijection = None if self._is_real else biject_to(support)
-        self._shape = Size(
-            site.event_shape
-            if self._bijection is None
-            else self._bijection.inverse_shape(site.event_shape)
-        )
-        self.features = math.prod(self._shape)
-
-    def _carry(self, base: Distribution, *, flat: bool = True) -> Distribution:
-        """Carry a distribution over the unconstrained space to the support."""
-        steps: list[Any] = []
-        if flat and len(self._shape) != 1:
-            steps.append(T.ReshapeTransform(Size((self.features,)), self._shape))
-        if self._bijection is not None:
-            steps.append(self._bijection)
-        return dist.TransformedDistribution(base, steps) if steps else base
-
-
-class _DiagonalNormal(_Bijected):
-    def __init__(self, site: Site) -> None:
-        super().__init__(site)
-        self.size = 2 * self.features
-
-    def forward(self, parameters: Tensor) -> Distribution:
-        shape = (*parameters.shape[:-1], *self._shape)
-        loc, log_square = parameters.split(self.features, dim=-1)
-        base = dist.Normal(loc.reshape(shape), (log_square.reshape(shape) / 2).exp())
-        return self._carry(base.to_event(len(self._shape)), flat=False)
-
-    def initial(self) -> Tensor:
-        return _loc_and_log_square(self.features)
-
-
-class _LowRankNormal(_Bijected):
-    def __init__(self, site: Site, rank: int) -> None:
-        super().__init__(site)
-        self.rank = rank
-        self.size = self.features * (2 + rank)
-
-    def forward(self, parameters: Tensor) -> Distribution:
-        n = self.features
-        loc, log_square, factor = parameters.split([n, n, n * self.rank], dim=-1)
-        factor = factor.reshape(*factor.shape[:-1], n, self.rank)
-        return self._carry(dist.LowRankMultivariateNormal(loc, factor, log_square.exp()))
-
-    def initial(self) -> Tensor:
-        # At a factor of 0 its gradient is 0, too: start beside it.
-        factor = 0.01 * torch.randn(self.features * self.rank)
-        return torch.cat([_loc_and_log_square(self.features), factor])
-
-
-class _FullNormal(_Bijected):
-    def __init__(self, site: Site) -> None:
-        super().__init__(site)
-        n = self.features
-        self.size = 2 * n + n * (n - 1) // 2
-        # Where each element below the diagonal comes from; all others point at an appended 0.
-        order = torch.full((n, n), n * (n - 1) // 2)
-        rows, columns = torch.tril_indices(n, n, -1)
-        order[rows, columns] = torch.arange(len(rows))
-        self._order: Tensor
-        self.register_buffer("_order", order, persistent=False)
-
-    def forward(self, parameters: Tensor) -> Distribution:
-        n = self.features
-        loc, log_square, below = parameters.split([n, n, self.size - 2 * n], dim=-1)
-        padded = torch.nn.functional.pad(below, (0, 1))
-        factor = padded[..., self._order] + torch.diag_embed((log_square / 2).exp())
-        return self._carry(dist.MultivariateNormal(loc, scale_tril=factor))
-
-    def initial(self) -> Tensor:
-        rest = torch.zeros(self.size - 2 * self.features)
-        return torch.cat([_loc_and_log_square(self.features), rest])
-
-
-class _Flow(_Bijected):
-    def __init__(self, site: Site, family: Flow) -> None:
-        super().__init__(site)
-        self.size = family.context
-        flow = family.flow(features=self.features, context=family.context, **family.options)
-        self.flow = flow
-        self._inverse = family.inverse
-
-    def forward(self, parameters: Tensor) -> Distribution:
-        flow = self.flow(parameters)
-        if self._inverse:
-            flow = zuko.distributions.NormalizingFlow(flow.transform.inv, flow.base)
-        return self._carry(_Zuko(flow))
-
-    def initial(self) -> Tensor:
-        return 0.1 * torch.randn(self.size)
-
-
-class _Zuko(ZukoToPyro):
-    """A zuko flow that can be the base of a transformed distribution."""
-
-    arg_constraints: ClassVar[dict[str, Any]] = {}
-
-    @property
-    def support(self) -> constraints.Constraint:
-        return constraints.real_vector
-
-    def rsample(self, sample_shape: Any = ()) -> Tensor:
-        return self(sample_shape)
-
-    def sample(self, sample_shape: Any = ()) -> Tensor:
-        with torch.no_grad():
-            return self(sample_shape)
-
-    def expand(self, batch_shape: Size, _instance: Any = None) -> _Zuko:
-        return _Zuko(self.dist.expand(Size(batch_shape)))
-
-
-class _Elementwise(Conditional):
-    """A distribution over each element, from a few numbers each."""
-
-    def __init__(self, site: Site, numbers: int, make: Callable[..., Distribution]) -> None:
-        super().__init__()
-        self._shape = site.event_shape
-        self._numbers = numbers
-        self._make = make
-        self.size = numbers * math.prod(self._shape)
-
-    def forward(self, parameters: Tensor) -> Distribution:
-        shape = (*parameters.shape[:-1], self._numbers, *self._shape)
-        numbers = parameters.reshape(shape).unbind(-len(self._shape) - 1)
-        return self._make(*numbers).to_event(len(self._shape))
-
-
-class _Lastwise(Conditional):
-    """A distribution whose numbers are a vector in the last dimension, such as logits."""
-
-    def __init__(
-        self,
-        site: Site,
-        numbers: int,
-        make: Callable[[Tensor], Distribution],
-        *,
-        appended: bool = False,
-    ) -> None:
-        super().__init__()
-        outer = site.event_shape if appended else site.event_shape[:-1]
-        self._shape = (*outer, numbers)
-        self._make = make
-        self.size = math.prod(self._shape)
-
-    def forward(self, parameters: Tensor) -> Distribution:
-        numbers = parameters.reshape(*parameters.shape[:-1], *self._shape)
-        return self._make(numbers).to_event(len(self._shape) - 1)
-
-
-def _loc_and_log_square(features: int) -> Tensor:
-    """Start free normal parameters at 0, with a scale of 0.1."""
-    return torch.cat([torch.zeros(features), torch.full((features,), 2 * math.log(0.1))])
 
 
 def _is_half_line(base: constraints.Constraint) -> bool:

@@ -188,7 +188,7 @@ def test_all_parameters_exist_at_construction_and_none_is_the_models(pair: Pair)
 
 @every_pair
 def test_q_is_the_distribution_that_the_guide_samples_from(pair: Pair) -> None:
-    model, guide, batch = build(pair)
+    _, guide, batch = build(pair)
     trace = poutine.trace(guide).get_trace(*batch)
     trace.compute_log_prob()
     draws: dict[str, Tensor] = {}

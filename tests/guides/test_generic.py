@@ -398,14 +398,12 @@ def test_for_model_is_true_to_its_word() -> None:
         by_site = {(c.site, c.name): c.fits for c in choices if c.site}
         for (site, name), fits in by_site.items():
             family = getattr(families, name.removeprefix("families.").removesuffix("()"))()
-            make = lambda f=family, s=site: Amortized(
-                model, example=example, hidden=(2,), family={s: f}
-            )
+            options = {"example": example, "hidden": (2,), "family": {site: family}}
             if fits:
-                make()
+                Amortized(model, **options)
             else:
                 with pytest.raises(ValueError, match="cannot serve site"):
-                    make()
+                    Amortized(model, **options)
 
 
 def test_for_model_lists_guides_and_their_reasons() -> None:
