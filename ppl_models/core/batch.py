@@ -135,9 +135,20 @@ def _arguments(data: Any) -> tuple[Any, ...]:
         if not rows:
             raise ValueError("data: the Dataset is empty; at least one row is required.")
         rows = [row if isinstance(row, tuple | list) else (row,) for row in rows]
-        return tuple(
-            torch.stack([torch.as_tensor(v) for v in column]) for column in zip(*rows, strict=True)
-        )
+        try:
+            return tuple(
+                torch.stack([torch.as_tensor(v) for v in column])
+                for column in zip(*rows, strict=True)
+            )
+        except (TypeError, ValueError, RuntimeError) as error:
+            kinds = dict.fromkeys(
+                tuple(tuple(np.shape(v)) if hasattr(v, "shape") else type(v).__name__ for v in row)
+                for row in rows
+            )
+            raise ValueError(
+                "data: every item of the Dataset must be a row of numbers, or a tuple of them, of "
+                f"the same shapes throughout, got {', '.join(map(str, list(kinds)[:3]))}."
+            ) from error
     if isinstance(data, tuple | list):
         return tuple(data)
     return (data,)

@@ -11,9 +11,11 @@ from jaxtyping import Float
 from pyro import poutine
 from torch import Tensor
 
+from ppl_models.core.checks import check_count
 from ppl_models.core.random import seeded
 from ppl_models.core.sites import accepts_size, describe_program, stochastic_nodes
 from ppl_models.core.store import own_parameters
+from ppl_models.core.traces import evaluating
 from ppl_models.core.types import Batch
 
 
@@ -58,7 +60,7 @@ def simulate(model: Callable[..., Any], size: int, *, seed: int | None = None) -
         seed: An integer isolates and reproduces; None draws from the global random stream.
 
     Raises:
-        ValueError: If the model takes no `size`.
+        ValueError: If the model takes no `size`, or `size` is not positive.
 
     Example:
         >>> from ppl_models import PPCA
@@ -68,7 +70,8 @@ def simulate(model: Callable[..., Any], size: int, *, seed: int | None = None) -
     """
     if not accepts_size(model):
         raise ValueError(f"simulate: {describe_program(model)} takes no `size=`.")
-    with own_parameters(model), seeded(seed), torch.no_grad(), poutine.trace() as tracer:
+    check_count("simulate", "size", size)
+    with own_parameters(model), seeded(seed), evaluating(model), poutine.trace() as tracer:
         drawn = model(size=size)
     batch = tuple(drawn) if isinstance(drawn, tuple | list) else (drawn,)
     latents = {

@@ -49,7 +49,8 @@ def elbo(
 
     Returns:
         The bound, nats per row. Rows are None if the model or the guide has a site outside the
-        plate over rows: the bound is then one number for the whole data set.
+        plate over rows, or that plate subsamples by itself: the bound is then one number for the
+        whole data set.
 
     Raises:
         ValueError: If the data are not what the model describes, or the guide does not fit it.
@@ -132,7 +133,7 @@ def iwae_bound(
         weights.require_rows("iwae_bound")
         values = []
         for _ in range(repeats):
-            parts = [weights.sums(particles, rows, 1) for rows in weights.row_chunks()]
+            parts = [weights.sums(particles, rows) for rows in weights.row_chunks()]
             values.append(torch.cat([sums.log_mean() for sums in parts]))
         rows = torch.stack(values)
         se = rows.std(0) / math.sqrt(repeats) if repeats > 1 else torch.full_like(rows[0], math.nan)
@@ -189,8 +190,7 @@ def log_evidence(
     """
     with _weights(model, guide, batch, particles, plate, seed) as weights:
         weights.require_rows("log_evidence")
-        groups = min(particles, GROUPS)
-        parts = [weights.sums(particles, rows, groups) for rows in weights.row_chunks()]
+        parts = [weights.sums(particles, rows) for rows in weights.row_chunks()]
     se = torch.cat([sums.se() for sums in parts])
     if jackknife:
         rows = torch.cat([sums.jackknife() for sums in parts])
@@ -213,40 +213,42 @@ def _by_row(rows: Tensor, se: Tensor, particles: int, bias: Tensor | None = None
 
 @dataclass
 class _Sums:
-    """Sums of importance weights of each row, by group of particles, relative to the largest."""
+    """Sums of importance weights of each row, by group of particles; all of them as logs."""
 
-    top: Tensor  # log of the largest weight, (n,)
-    groups: Tensor  # sum of weights in each group, (G, n)
-    squares: Tensor  # sum of squared weights, (n,)
+    groups: Tensor  # log of the sum of weights in each group, (G, n)
+    squares: Tensor  # log of the sum of squared weights, (n,)
     sizes: Tensor  # particles in each group, (G,)
 
     def add(self, logs: Tensor, start: int) -> None:
-        top = torch.maximum(self.top, logs.max(0).values)
-        shrink = (self.top - top).exp()
-        weights = (logs - top).exp()
-        owner = torch.arange(start, start + len(logs), device=logs.device) % len(self.groups)
-        self.groups = (self.groups * shrink).index_add_(0, owner, weights)
-        self.squares = self.squares * shrink.square() + weights.square().sum(0)
-        self.sizes = self.sizes.index_add(0, owner, torch.ones_like(owner, dtype=logs.dtype))
-        self.top = top
+        self.squares = torch.logaddexp(self.squares, (2.0 * logs).logsumexp(0))
+        while len(logs) > 0:  # particle k belongs to group k mod G
+            first = start % len(self.groups)
+            block = logs[: len(self.groups) - first]
+            part = slice(first, first + len(block))
+            self.groups[part] = torch.logaddexp(self.groups[part], block)
+            self.sizes[part] += 1
+            logs, start = logs[len(block) :], start + len(block)
 
     def log_mean(self) -> Tensor:
-        return self.top + self.groups.sum(0).log() - self.sizes.sum().log()
+        return self.groups.logsumexp(0) - self.sizes.sum().log()
 
     def se(self) -> Tensor:
         count = self.sizes.sum()
         if count < 2:
-            return torch.full_like(self.top, math.nan)
-        mean = self.groups.sum(0) / count
-        variance = (self.squares - count * mean.square()).clamp(min=0) / (count - 1)
-        return (variance / count).sqrt() / mean
+            return torch.full_like(self.squares, math.nan)
+        ratio = count * (self.squares - 2.0 * self.groups.logsumexp(0)).exp()
+        return ((ratio - 1.0).clamp(min=0.0) / (count - 1)).sqrt()
 
     def jackknife(self) -> Tensor:
         count = len(self.groups)
         if count < 2:
             return self.log_mean()
+        # Not the sum less a group: where one carries all the weight, nothing would be left.
+        nothing = torch.full_like(self.groups[:1], -math.inf)
+        before = torch.cat([nothing, self.groups[:-1]]).logcumsumexp(0)
+        after = torch.cat([self.groups[1:], nothing]).flip(0).logcumsumexp(0).flip(0)
         sizes = (self.sizes.sum() - self.sizes).unsqueeze(-1)
-        without = (self.groups.sum(0) - self.groups).clamp(min=0).log() - sizes.log() + self.top
+        without = torch.logaddexp(before, after) - sizes.log()
         return count * self.log_mean() - (count - 1) * without.mean(0)
 
 
@@ -259,12 +261,13 @@ class _Weights:
     batch: Batch
     table: SiteTable
     outside: list[str]  # sites outside the plate over rows
+    subsampled: bool  # whether that plate draws its rows by itself
     dim: int | None  # of the plate over particles, None to run them one by one
     plate: str
 
     @property
     def row_wise(self) -> bool:
-        return not self.outside
+        return not self.outside and not self.subsampled
 
     def require_rows(self, caller: str) -> None:
         if self.outside:
@@ -275,6 +278,13 @@ class _Weights:
                 f" not ({len(self.batch[0]) if self.batch else 'N'},): it is not inside plate "
                 f"'{self.plate}' of {describe_program(self.model)}, or in a sequential one. Use "
                 "`elbo`, which bounds the whole data set."
+            )
+        if self.subsampled:
+            raise ValueError(
+                f"{caller} scores rows one by one, but plate '{self.plate}' of "
+                f"{describe_program(self.model)} subsamples by itself: other rows at each run. "
+                f"Write the plain `pyro.plate('{self.plate}', len(x))`, or use `elbo`, which "
+                "bounds the whole data set."
             )
 
     def row_chunks(self) -> Iterator[range]:
@@ -308,16 +318,12 @@ class _Weights:
                 yield log_weights(pair, self.plate)
             particles -= count
 
-    def sums(self, particles: int, rows: range, groups: int) -> _Sums:
-        n = len(rows)
+    def sums(self, particles: int, rows: range) -> _Sums:
+        n, groups = len(rows), min(particles, GROUPS)
         like = self.batch[0]
-        zero = torch.zeros(n, dtype=torch.float64, device=like.device)
-        sums = _Sums(
-            zero - math.inf,
-            zero.expand(groups, n).clone(),
-            zero,
-            torch.zeros(groups, dtype=torch.float64, device=like.device),
-        )
+        sizes = torch.zeros(groups, dtype=torch.float64, device=like.device)
+        nothing = torch.full_like(sizes[:, None].expand(groups, n), -math.inf)
+        sums = _Sums(nothing, nothing[0].clone(), sizes)
         seen = 0
         for logs, _ in self.draw(particles, rows):
             assert logs is not None
@@ -359,4 +365,13 @@ def _weights(
             carried = particles > 1 and vectorizes(model, guide, *batch, dim=dim)
         sites = [*table, *guided]
         outside = list(dict.fromkeys(site.name for site in sites if site.data_dim is None))
-        yield _Weights(model, guide, batch, table, outside, dim if carried else None, plate)
+        yield _Weights(
+            model=model,
+            guide=guide,
+            batch=batch,
+            table=table,
+            outside=outside,
+            subsampled=table.subsamples_itself,
+            dim=dim if carried else None,
+            plate=plate,
+        )

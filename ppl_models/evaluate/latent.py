@@ -42,20 +42,21 @@ def encode(
     Raises:
         ValueError: If the model has no local latent, or the data are not what it describes.
     """
+    check_count("encode", "draws", draws)
     totals: dict[str, Tensor] = {}
     with own_parameters(model, guide), seeded(seed), evaluating(model, guide):
         arguments = as_batch(batch, model, guide)
-        names = _local_latents("encode", model, arguments, plate)
+        names = _local_latents("encode", model, guide, arguments, plate)
         for _ in range(draws):
             trace = poutine.trace(guide).get_trace(*arguments)
-            exact = True
+            exact = len(list(stochastic_nodes(trace))) == 1
             for name in names:
                 node: Any = trace.nodes[name]
                 mean = _mean(node["fn"])
                 exact = exact and mean is not None
                 value = node["value"].to(torch.get_default_dtype()) if mean is None else mean
                 totals[name] = totals.get(name, 0.0) + value
-            if exact and len(names) == 1:
+            if exact:
                 return totals
         return {name: total / draws for name, total in totals.items()}
 
@@ -84,10 +85,11 @@ def reconstruct(
     Raises:
         ValueError: If the model has no local latent, or the data are not what it describes.
     """
+    check_count("reconstruct", "draws", draws)
     totals: dict[str, Tensor] = {}
     with own_parameters(model, guide), seeded(seed), evaluating(model, guide):
         arguments = as_batch(batch, model, guide)
-        _local_latents("reconstruct", model, arguments, plate)
+        _local_latents("reconstruct", model, guide, arguments, plate)
         for _ in range(draws):
             pair = run_pair(model, guide, *arguments)
             for name, node in stochastic_nodes(pair.model):
@@ -118,7 +120,11 @@ def generate(model: Callable[..., Any], size: int, *, seed: int | None = None) -
 
 
 def _local_latents(
-    caller: str, model: Callable[..., Any], batch: tuple[Tensor, ...], plate: str
+    caller: str,
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    batch: tuple[Tensor, ...],
+    plate: str,
 ) -> list[str]:
     table = check_model(model, batch, plate=plate, rows=len(batch[0]) if batch else 1)
     names = [site.name for site in table.locals]
@@ -127,6 +133,8 @@ def _local_latents(
             f"{caller} needs a latent for each row, but {describe_program(model)} has none inside "
             f"plate '{plate}'; its latents are {[site.name for site in table.latents]}."
         )
+    with seeded(0):
+        run_pair(model, guide, *batch)  # says what the guide misses, before anything is drawn
     return names
 
 

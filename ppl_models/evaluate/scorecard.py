@@ -18,9 +18,10 @@ from pyro import poutine
 from torch import Tensor, nn
 
 from ppl_models.core.batch import as_batch, check_device, check_model
+from ppl_models.core.checks import check_count
 from ppl_models.core.random import seeded
 from ppl_models.core.sites import SiteTable
-from ppl_models.core.store import own_parameters
+from ppl_models.core.store import own_parameters, scratch_store
 from ppl_models.core.table import text_table
 from ppl_models.core.traces import evaluating
 from ppl_models.core.types import Batch, Refinable
@@ -223,15 +224,16 @@ def compare(
     settings = {"lr": lr, "steps": steps, "epochs": epochs, "batch_size": batch_size}
     training = {k: v for k, v in settings.items() if v is not None} | options
     rows, rows_test = (as_batch(d, model, device=place) for d in (data, test))
-    check_model(model, rows_test, plate=plate, rows=len(rows_test[0]))
+    check_count("compare", "particles", particles)
+    check_count("compare", "reference_rows", reference_rows)
+    check_model(model, rows_test, plate=plate, rows=_rows(rows_test))
     entries = []
     for name, make in guides.items():
-        with _fresh(model) as own:
+        with _fresh(model, make, rows_test) as (own, mine):
             with seeded(seed):
-                made = isinstance(make, nn.Module)
-                guide = make if made else make(own)
+                guide = mine if isinstance(mine, nn.Module) else mine(own)
             result = fit(
-                own if not made else model,
+                own,
                 guide,
                 rows,
                 seed=seed,
@@ -240,11 +242,10 @@ def compare(
                 progress=_label(name, progress),
                 **training,
             )
-            trained = model if made else own
             entries.append(
                 _score(
                     name,
-                    trained,
+                    own,
                     result,
                     rows_test,
                     particles=particles,
@@ -259,14 +260,15 @@ def compare(
                 )
             )
     same = {
-        "data": f"{len(rows[0])} training and {len(rows_test[0])} test rows",
+        "data": f"{_rows(rows)} training and {_rows(rows_test)} test rows",
         "batch size": entries[0].fit.batch_size,
         "steps": entries[0].fit.steps,
         "lr": lr,
         "seed": seed,
         "particles": particles,
     }
-    return Scorecard(tuple(entries), same, tuple(_notes(entries, reference_rows)))
+    beside = min(reference_rows, _rows(rows_test)) if reference is not None else None
+    return Scorecard(tuple(entries), same, tuple(_notes(entries, beside)))
 
 
 def _score(
@@ -286,13 +288,14 @@ def _score(
     guide: Any = result.guide
     trained = guide.parameters() if isinstance(guide, nn.Module) else []
     parameters = sum(value.numel() for value in trained if value.requires_grad)
+    table = check_model(model, test, plate=plate, rows=_rows(test))
     start = time.perf_counter()
     on_test: Any = guide
-    refined = isinstance(guide, Refinable)
-    if isinstance(guide, Refinable):
+    refined = False
+    if isinstance(guide, Refinable) and table.locals:
+        refined = True
         label = _label(f"{name}: test rows", progress)
         on_test = guide.refine(*test, seed=seed, progress=label)
-    table = check_model(model, test, plate=plate, rows=len(test[0]))
     units = active_units(model, on_test, *test, seed=seed, plate=plate) if table.locals else (0, 0)
     seconds = time.perf_counter() - start
     options = {"seed": seed, "plate": plate}
@@ -353,9 +356,9 @@ def active_units(
     spread = [
         value.movedim((table[name].data_dim or 0) - _events(table, name, value), 0)
         .flatten(1)
-        .var(0)
+        .var(0, correction=min(1, len(batch[0]) - 1))
         if value.ndim > 1
-        else value.var(0, keepdim=True)
+        else value.var(0, correction=min(1, len(batch[0]) - 1), keepdim=True)
         for name, value in means.items()
     ]
     units = torch.cat(spread)
@@ -364,6 +367,10 @@ def active_units(
 
 def _events(table: SiteTable, name: str, value: Tensor) -> int:
     return value.ndim - len(table[name].batch_shape)
+
+
+def _rows(batch: Batch) -> int:
+    return len(batch[0]) if batch else 1
 
 
 def _samplable(table: SiteTable) -> bool:
@@ -406,21 +413,43 @@ def _beside(
 
 
 @contextmanager
-def _fresh(model: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
-    """Give a copy of a model, and put back whatever the block does to the original."""
+def _fresh(
+    model: Callable[..., Any], make: Callable[..., Any], batch: Batch
+) -> Iterator[tuple[Callable[..., Any], Callable[..., Any]]]:
+    """Give copies of a model and of a guide or its factory, and put back what is no module's own.
+
+    Modules are copied, a guide together with the model that it knows. What a function asks of
+    `pyro.param` or `pyro.module` cannot be: its values are put back after the block.
+    """
+    memo: dict[int, Any] = {}
+    own, mine = (
+        copy.deepcopy(program, memo) if isinstance(program, nn.Module) else program
+        for program in (model, make)
+    )
     store = pyro.get_param_store()
-    state = store.get_state()
-    clones = {
-        name: value.detach().clone().requires_grad_() for name, value in state["params"].items()
-    }
-    before = copy.deepcopy(model.state_dict()) if isinstance(model, nn.Module) else None
-    with store.scope({"params": clones, "constraints": dict(state["constraints"])}):
-        yield copy.deepcopy(model) if isinstance(model, nn.Module) else model
-    if before is not None and isinstance(model, nn.Module):
-        model.load_state_dict(before)
+    state: Any = store.get_state()
+    leaves = list({id(v): v for v in (*state["params"].values(), *_asked(model, batch))}.values())
+    before = [leaf.detach().clone() for leaf in leaves]
+    try:
+        with store.scope(copy.copy(state)):
+            yield own, mine
+    finally:
+        with torch.no_grad():
+            for leaf, value in zip(leaves, before, strict=True):
+                leaf.copy_(value)
 
 
-def _notes(entries: list[Entry], rows: int) -> list[str]:
+def _asked(model: Callable[..., Any], batch: Batch) -> list[Tensor]:
+    """Return the tensors that a model written as a function asks Pyro for."""
+    if isinstance(model, nn.Module):
+        return []
+    with scratch_store(), seeded(0), torch.no_grad():
+        poutine.trace(model).get_trace(*batch)
+        state: Any = pyro.get_param_store().get_state()
+    return list(state["params"].values())
+
+
+def _notes(entries: list[Entry], rows: int | None) -> list[str]:
     notes = []
     if refined := [entry.name for entry in entries if entry.refined]:
         notes.append(f"Not the same: {', '.join(refined)} was refined on the test rows.")
@@ -435,7 +464,7 @@ def _notes(entries: list[Entry], rows: int) -> list[str]:
             f"{posterior.seconds:.0f} s; by noise alone mean err would be "
             f"{entry.reference.noise:.2f}."
         )
-    if len(beside) < len(entries):
+    if rows is not None and len(beside) < len(entries):
         notes.append("NUTS was not run where a latent is discrete or shared by all rows.")
     for entry in entries:
         if entry.evidence is not None and -entry.evidence.bias > max(0.05, 3 * entry.evidence.se):
