@@ -44,6 +44,7 @@ class SiteGuide(PyroModule):
         super().__init__(unique_name(kind.lower()))
         batch = as_batch(example_batch(model, example), model)
         table = site_table(model, *batch, plate=plate)
+        table.check_plates()
         if not table.latents:
             raise ValueError(
                 f"{kind}: {describe_program(model)} leaves nothing to infer; its sites are "

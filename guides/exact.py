@@ -65,6 +65,7 @@ class Exact(PyroModule):
         super().__init__(unique_name("exact"))
         batch = as_batch(example_batch(model, example), model)
         table = site_table(model, *batch, plate=plate)
+        table.check_plates()
         name = describe_program(model)
         if not table.latents:
             raise ValueError(f"Exact: {name} has no latent.")

@@ -32,6 +32,9 @@ from ppl_models.core.sites import Site, base_support, describe
 class Family(abc.ABC):
     """A family of distributions, which `build` makes fit for one site."""
 
+    #: The values it can take, in words.
+    wants: str
+
     @property
     def name(self) -> str:
         """How tables call it."""
@@ -62,6 +65,8 @@ class Family(abc.ABC):
 
 class _Unconstrained(Family):
     """Lives on the unconstrained space, and is carried to the support by a bijection."""
+
+    wants = "continuous values, on a support with a bijection from the real vectors"
 
     def refuses(self, site: Site) -> str | None:
         if site.discrete:
@@ -166,9 +171,7 @@ class _OneSupport(Family):
         base, _ = base_support(site.support)
         if self._serves(base):
             return None
-        return f"its support is {describe(site.support)}, and {self.name} needs {self._wants}"
-
-    _wants = ""
+        return f"its support is {describe(site.support)}, and {self.name} needs {self.wants}"
 
     def _serves(self, base: constraints.Constraint) -> bool:
         raise NotImplementedError
@@ -178,7 +181,7 @@ class _OneSupport(Family):
 class Gamma(_OneSupport):
     """Gamma, for positive sites; its numbers are log concentration and log rate."""
 
-    _wants = "positive values"
+    wants = "positive values"
 
     def _serves(self, base: constraints.Constraint) -> bool:
         return _is_half_line(base)
@@ -191,7 +194,7 @@ class Gamma(_OneSupport):
 class Beta(_OneSupport):
     """Beta, for sites in the unit interval; its numbers are the logs of both concentrations."""
 
-    _wants = "values in the unit interval"
+    wants = "values in the unit interval"
 
     def _serves(self, base: constraints.Constraint) -> bool:
         return isinstance(base, type(constraints.unit_interval)) and (
@@ -206,7 +209,7 @@ class Beta(_OneSupport):
 class Dirichlet(_OneSupport):
     """Dirichlet, for simplices; its numbers are log concentrations."""
 
-    _wants = "values on a simplex"
+    wants = "values on a simplex"
 
     def _serves(self, base: constraints.Constraint) -> bool:
         return base is constraints.simplex
@@ -219,7 +222,7 @@ class Dirichlet(_OneSupport):
 class Bernoulli(_OneSupport):
     """Bernoulli, for binary sites; its numbers are logits."""
 
-    _wants = "binary values"
+    wants = "binary values"
 
     def _serves(self, base: constraints.Constraint) -> bool:
         return base is constraints.boolean
@@ -232,7 +235,7 @@ class Bernoulli(_OneSupport):
 class Categorical(_OneSupport):
     """Categorical, for sites with values 0, 1, ..., n; its numbers are logits."""
 
-    _wants = "integers from 0 to a bound that is the same everywhere"
+    wants = "integers from 0 to a bound that is the same everywhere"
 
     def _serves(self, base: constraints.Constraint) -> bool:
         return isinstance(base, constraints.integer_interval) and _upper(base) is not None
@@ -249,7 +252,7 @@ class Categorical(_OneSupport):
 class OneHotCategorical(_OneSupport):
     """Categorical in one-hot form; its numbers are logits."""
 
-    _wants = "one-hot vectors"
+    wants = "one-hot vectors"
 
     def _serves(self, base: constraints.Constraint) -> bool:
         return base is constraints.one_hot
@@ -263,7 +266,7 @@ class OneHotCategorical(_OneSupport):
 class Poisson(_OneSupport):
     """Poisson, for counts without a bound; its numbers are log rates."""
 
-    _wants = "non-negative integers"
+    wants = "non-negative integers"
 
     def _serves(self, base: constraints.Constraint) -> bool:
         return base is constraints.nonnegative_integer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -22,14 +23,17 @@ class Choice:
     Attributes:
         name: What to write.
         fits: Whether it can serve the model.
-        why: The reason if not, and what it is good for if so.
+        why: For a guide, the reason if it does not fit, and what it is good for if it does; for a
+            family, the values that it can take.
         site: The latent that a family is for; empty for a guide.
+        support: The support of that latent, in words.
     """
 
     name: str
     fits: bool
     why: str
     site: str = ""
+    support: str = ""
 
 
 @dataclass(frozen=True)
@@ -57,11 +61,14 @@ class Choices:
             )
         ]
         for site in dict.fromkeys(c.site for c in self.choices if c.site):
-            rows = [c for c in self.choices if c.site == site]
-            default = next((c.name for c in rows if c.fits), "none")
-            title = f"family for '{site}' (default {default})"
-            cells = [(f"  {c.name}", "yes" if c.fits else "no", c.why) for c in rows]
-            blocks.append(text_table((title, "fits", "why"), cells))
+            rows = [choice for choice in self.choices if choice.site == site]
+            fit = [c.name for c in rows if c.fits]
+            lines = [f"families for '{site}', {rows[0].support}"]
+            lines += _wrapped("these fit, the first is the default:", fit)
+            lines += _wrapped(
+                "the others need other values:", [f"{c.name} ({c.why})" for c in rows if not c.fits]
+            )
+            blocks.append("\n".join(lines))
         return "\n\n".join(blocks)
 
 
@@ -103,7 +110,12 @@ def for_model(model: Callable[..., Any], *, example: Any = None, plate: str = "d
             choices.append(Choice(name, False, str(error).partition(": ")[2]))
     for site in table.latents:
         for family in families.ALL:
-            reason = family.refuses(site)
-            why = f"serves {describe(site.support)}" if reason is None else reason
-            choices.append(Choice(f"families.{family.name}()", reason is None, why, site.name))
+            fits = family.refuses(site) is None
+            support = describe(site.support)
+            choices.append(Choice(family.name, fits, family.wants, site.name, support))
     return Choices(tuple(choices))
+
+
+def _wrapped(title: str, items: list[str]) -> list[str]:
+    text = f"{title} {'; '.join(items) or 'none'}"
+    return textwrap.wrap(text, 98, initial_indent="  ", subsequent_indent="    ")

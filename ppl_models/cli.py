@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 
 from guides.fitting import for_model
@@ -67,6 +68,9 @@ def compare(
     ] = True,
     seed: Annotated[int, typer.Option(help="Seed of everything that is drawn.", min=0)] = 0,
     device: Annotated[str | None, typer.Option(help="Where to work: cpu, cuda, cuda:1.")] = None,
+    threads: Annotated[
+        int, typer.Option(help="CPU threads; small models are fastest on one.", min=1)
+    ] = 1,
     out: Annotated[
         Path | None,
         typer.Option(help="Folder for scorecard.csv and scorecard.html; made if missing."),
@@ -76,6 +80,7 @@ def compare(
 
     Example: ppl-models compare vae --guides amortized,flow --epochs 50 --out report
     """
+    torch.set_num_threads(threads)
     dataset = _data(model, data)
     entry = lookup("model", model, MODELS)
     names = entry.guides if guides is None else tuple(name.strip() for name in guides.split(","))
@@ -121,7 +126,7 @@ def main() -> None:
     """Run the command line; what a user can get wrong is told in one line."""
     try:
         app(standalone_mode=True)
-    except (ValueError, OSError) as error:
+    except (ValueError, FloatingPointError, OSError) as error:
         typer.echo(f"ppl-models: {error}", err=True)
         sys.exit(2)
 

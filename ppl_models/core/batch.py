@@ -85,6 +85,7 @@ def check_model(model: Callable[..., Any], batch: Batch, *, plate: str, rows: in
             f"{describe_program(model)} cannot be run on this data. It was called with "
             f"{shapes or 'no arguments'} and said:\n  {reason}"
         ) from error
+    table.check_plates()
     names = argument_names(model, len(batch))
     for site in table.observed:
         # Rows beyond the first few are checked too, if the site observes an argument as it is.
@@ -190,9 +191,12 @@ def _check_observed(site: Site, value: Tensor, what: str) -> None:
     want = tuple(site.fn.shape())
     got = tuple(site.value.shape)
     if got != want:
+        hint = "The first dimension is rows; the others must be the model's own."
+        if got[1:] == want[1:]:
+            hint = "If the size of a plate is written out in the model, use len(x) there."
         raise ValueError(
             f"{what}: the model describes values of shape {want} ({_axes(site)}), but got {got}. "
-            "The first dimension is rows; the others must be the model's own."
+            f"{hint}"
         )
     support = site.support
     if not value.is_floating_point() and (not support.is_discrete or _is_boolean(support)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import TracebackType
 from typing import Any, Self
 
 import torch
@@ -79,9 +80,14 @@ class minibatch(Messenger):
         self._met = False
         return super().__enter__()
 
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
-        if error[0] is None and not self._met:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        super().__exit__(kind, error, trace)
+        if error is None and not self._met:
             raise ValueError(
                 f"minibatch: no site was inside plate '{self.plate}', so nothing was scaled. Write "
                 f'`with pyro.plate("{self.plate}", len(x)):` around the rows, or name the plate '
@@ -120,12 +126,16 @@ class minibatch(Messenger):
             msg["done"] = True
 
 
-@effectful(type="current_minibatch")
 def current_minibatch(plate: str = "data") -> minibatch | None:
     """Return the innermost `minibatch` handler in force for a plate, or None.
 
     A guide with parameters of its own for each row reads its rows from `.index`.
     """
+    return _current_minibatch(plate)
+
+
+@effectful(type="current_minibatch")
+def _current_minibatch(plate: str) -> minibatch | None:
     return None
 
 

@@ -136,6 +136,26 @@ class SiteTable:
         """Dimensions that plates use: Pyro's `max_plate_nesting`."""
         return max((-f.dim for site in self for f in site.plates if f.dim is not None), default=0)
 
+    def check_plates(self) -> None:
+        """Refuse a batch dimension that no plate declares.
+
+        Raises:
+            ValueError: Naming the site, its shape, and the two ways to mend it.
+        """
+        for site in self.sites:
+            dims = {frame.dim for frame in site.plates}
+            shape = site.batch_shape
+            stray = [
+                i - len(shape) for i, n in enumerate(shape) if n > 1 and i - len(shape) not in dims
+            ]
+            if stray:
+                raise ValueError(
+                    f"model: site '{site.name}' has batch shape {tuple(shape)}, but no plate "
+                    f"declares its dimension {stray[-1]}. If its elements are rows, write `with "
+                    f"pyro.plate('{self.plate}', len(x)):` around the site; if they make up one "
+                    "value, add `.to_event(1)` to its distribution."
+                )
+
     def __str__(self) -> str:
         head = ("site", "role", "plates", "batch", "event", "support")
         rows = [

@@ -22,15 +22,24 @@ from torch.distributions import constraints
 def own_parameters(*programs: Any) -> Iterator[None]:
     """Let each module among `programs` use its own parameters, and leave no trace of them."""
     store = pyro.get_param_store()
+    modules = [program for program in programs if isinstance(program, nn.Module)]
     claimed: dict[str, tuple[Tensor, Any]] = {}
-    for program in programs:
-        if isinstance(program, nn.Module):
-            claimed |= {name: (value, kind) for name, value, kind in _store_names(program)}
+    for module in modules:
+        claimed |= {name: (value, kind) for name, value, kind in _store_names(module)}
+    # A guide of Pyro makes its parameters when it first runs: whatever bears its name is its own.
+    named = [m._pyro_name for m in modules if isinstance(m, PyroModule) and m._pyro_name]
+    prefixes = tuple(f"{name}." for name in named)
+
+    def theirs(name: str, value: Tensor) -> bool:
+        late = any(value is parameter for module in modules for parameter in module.parameters())
+        return name in claimed or name.startswith(prefixes) or late
+
     before: Any = store.get_state()
-    inside: Any = {
-        "params": before["params"] | {name: value for name, (value, _) in claimed.items()},
-        "constraints": before["constraints"] | {name: kind for name, (_, kind) in claimed.items()},
-    }
+    hidden = [name for name, value in before["params"].items() if theirs(name, value)]
+    inside: Any = _without(before, hidden)
+    for name, (value, constraint) in claimed.items():
+        inside["params"][name] = value
+        inside["constraints"][name] = constraint
     store.clear()
     # Entries set as a state keep `requires_grad`; entries that Pyro makes by itself are unfrozen.
     store.set_state(inside)
@@ -41,11 +50,10 @@ def own_parameters(*programs: Any) -> Iterator[None]:
             yield
     finally:
         after: Any = store.get_state()
-        for name in claimed:
-            for kind in ("params", "constraints"):
-                after[kind].pop(name, None)
-                if name in before[kind]:
-                    after[kind][name] = before[kind][name]
+        made = [name for name, value in after["params"].items() if theirs(name, value)]
+        after = _without(after, made)
+        for kind in ("params", "constraints"):
+            after[kind] |= {name: before[kind][name] for name in hidden}
         store.clear()
         store.set_state(after)
 
@@ -69,6 +77,13 @@ def unchanged_on_error() -> Iterator[None]:
         store.clear()
         store.set_state(before)
         raise
+
+
+def _without(state: Any, names: list[str]) -> Any:
+    return {
+        kind: {name: entry for name, entry in entries.items() if name not in names}
+        for kind, entries in state.items()
+    }
 
 
 def _store_names(module: nn.Module) -> Iterator[tuple[str, Tensor, Any]]:

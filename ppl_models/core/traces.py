@@ -67,7 +67,7 @@ def run_pair(
         guide_trace = poutine.trace(guide).get_trace(*batch)
     with plate():
         model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*batch)
-    _check_sites(model, model_trace, guide_trace)
+    check_sites(model, model_trace, guide_trace)
     return Pair(model_trace, guide_trace, particles)
 
 
@@ -197,7 +197,14 @@ def _keep(value: Tensor, *dims: int | None) -> Tensor:
     return value
 
 
-def _check_sites(model: Callable[..., Any], model_trace: Trace, guide_trace: Trace) -> None:
+def check_sites(
+    model: Callable[..., Any], model_trace: Trace, guide_trace: Trace, *, enumerates: bool = False
+) -> None:
+    """Check that a guide samples the latents of a model, less those that are summed out.
+
+    Raises:
+        ValueError: If the guide misses a latent, samples an observed or an unknown site.
+    """
     latents, observed = set(), set()
     model_nodes = dict(stochastic_nodes(model_trace))
     for name, node in model_nodes.items():
@@ -206,6 +213,9 @@ def _check_sites(model: Callable[..., Any], model_trace: Trace, guide_trace: Tra
     for name, node in stochastic_nodes(guide_trace):
         if not node["is_observed"] and not node["infer"].get("is_auxiliary", False):
             sampled.add(name)
+    if enumerates:
+        marked = {n for n in latents if model_nodes[n]["infer"].get("enumerate") is not None}
+        latents -= marked - sampled
     if latents == sampled:
         return
     if twice := sorted(sampled & observed):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -31,4 +32,5 @@ class Estimate:
     rows_bias: Tensor | None = field(default=None, repr=False)
 
     def __str__(self) -> str:
-        return f"{self.mean:.3f} +- {self.se:.3f} nats/row"
+        error = "" if math.isnan(self.se) else f" +- {self.se:.3f}"
+        return f"{self.mean:.3f}{error} nats/row"

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from pyro import poutine
+from pyro.infer import Trace_ELBO
 from pyro.infer.autoguide import AutoGuide
 from pyro.infer.elbo import ELBO as PyroELBO
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ from ppl_models.core.minibatch import minibatch
 from ppl_models.core.random import seeded
 from ppl_models.core.sites import SiteTable, describe_program
 from ppl_models.core.store import own_parameters, unchanged_on_error
+from ppl_models.core.traces import check_sites
 from ppl_models.core.types import Batch, Objective
 from ppl_models.infer.objectives import ELBO
 from ppl_models.infer.progress import progress_bar
@@ -125,17 +127,15 @@ def fit(
     batch = as_batch(data, model, guide, device=place)
     size = len(batch[0]) if batch else 1
     with _moved(place, model, guide), own_parameters(model, guide), seeded(seed):
-        rows = size if batch_size is None else min(batch_size, size)
-        table = check_model(model, batch, plate=plate, rows=min(rows, BATCH, size))
-        if batch_size is None and table.row_wise and not table.subsamples_itself:
-            rows = min(BATCH, size)
+        rows, table = _choose_rows(model, batch, plate, batch_size)
         _check_minibatches(table, guide, rows, size)
         part = tuple(value[:rows] for value in batch)
         index = torch.arange(rows)
         objective = ELBO() if objective is None else objective
         scaled = minibatch(index, size, plate=plate) if rows < size else nullcontext()
         with unchanged_on_error(), scaled:
-            leaves = _leaves(model, guide, part, fixed_model=fixed_model)
+            enumerates = isinstance(objective, PyroELBO) and not isinstance(objective, Trace_ELBO)
+            leaves = _leaves(model, guide, part, fixed_model=fixed_model, enumerates=enumerates)
             if isinstance(objective, ELBO):
                 objective = objective.prepare(model, guide, *part)
         optimise = (optimizer or partial(torch.optim.Adam, fused=True))(leaves, lr=lr)
@@ -234,12 +234,18 @@ def _batches(size: int, rows: int, total: int) -> Iterator[Tensor | None]:
 
 
 def _leaves(
-    model: Callable[..., Any], guide: Callable[..., Any], batch: Batch, *, fixed_model: bool
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    batch: Batch,
+    *,
+    fixed_model: bool,
+    enumerates: bool,
 ) -> list[Tensor]:
     """Find the tensors to train: parameters of modules, and whatever `pyro.param` is asked for."""
     guide_trace = poutine.trace(guide).get_trace(*batch)
+    replayed = poutine.trace(poutine.replay(model, trace=guide_trace))
     with poutine.trace(param_only=True) as capture:
-        poutine.replay(model, trace=guide_trace)(*batch)
+        check_sites(model, replayed.get_trace(*batch), guide_trace, enumerates=enumerates)
 
     def parameters(program: Any, trace: Any) -> list[Tensor]:
         own = list(program.parameters()) if isinstance(program, nn.Module) else []
@@ -272,6 +278,23 @@ def _check_choices(
             check_count("fit", name, value)
     if not lr > 0:
         raise ValueError(f"fit: lr must be > 0, got {lr}.")
+
+
+def _choose_rows(
+    model: Callable[..., Any], batch: Batch, plate: str, batch_size: int | None
+) -> tuple[int, SiteTable]:
+    """Choose how many rows a step has, and tabulate the model on as many."""
+    size = len(batch[0]) if batch else 1
+    rows = min(batch_size or BATCH, size)
+    try:
+        table = check_model(model, batch, plate=plate, rows=rows)
+    except ValueError:
+        if batch_size is not None or rows == size:
+            raise
+        return size, check_model(model, batch, plate=plate, rows=size)  # one that takes all rows
+    if batch_size is None and (not table.row_wise or table.subsamples_itself):
+        rows = size
+    return rows, table
 
 
 def _check_minibatches(table: SiteTable, guide: Any, rows: int, size: int) -> None:

@@ -397,7 +397,7 @@ def test_for_model_is_true_to_its_word() -> None:
             assert choice.why
         by_site = {(c.site, c.name): c.fits for c in choices if c.site}
         for (site, name), fits in by_site.items():
-            family = getattr(families, name.removeprefix("families.").removesuffix("()"))()
+            family = getattr(families, name)()
             options = {"example": example, "hidden": (2,), "family": {site: family}}
             if fits:
                 Amortized(model, **options)
@@ -409,7 +409,8 @@ def test_for_model_is_true_to_its_word() -> None:
 def test_for_model_lists_guides_and_their_reasons() -> None:
     text = str(for_model(VAE(4, 2)))
     assert "not quadratic" in text
-    assert "family for 'z' (default families.Normal())" in text
+    assert "families for 'z', real vector" in text
+    assert "Gamma (positive values)" in text
     lines = text.splitlines()
     assert lines[0].split() == ["guide", "fits", "why"]
     assert for_model(PPCA(4, 2)).fitting[-1] == "Exact(model)"

@@ -120,10 +120,13 @@ class Posterior(Mapping[str, Tensor]):
             f"{self.seconds:.1f} s, {int(self.divergences.sum())} divergences",
             table.to_string(formatters=formats, max_rows=40),
         ]
-        if worst > 1.01:
+        least = float(table["ess_bulk"].to_numpy().min())
+        # Among many elements one is above 1.01 by chance, however good the draws.
+        if worst > 1.05 or (worst > 1.01 and least < 100 * self.chains):
             lines.append(
-                f"R-hat reaches {worst:.3f}: chains disagree where it is above 1.01. "
-                "Run longer, or look for several modes."
+                f"R-hat reaches {worst:.3f} and ESS falls to {least:.0f}: good are below 1.01 and "
+                f"above {100 * self.chains}. Run longer; if that does not help, look for several "
+                "modes."
             )
         if self.divergences.sum() > 0:
             lines.append(
