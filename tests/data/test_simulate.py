@@ -103,6 +103,11 @@ def test_simulate_reproduces_by_its_seed_and_leaves_stream_store_and_modes() -> 
     assert len(pyro.get_param_store()) == 0
     assert model.training
     assert decoder[1].training
+    # Without dropout, as in `generate`: the logits of the mean network.
+    torch.manual_seed(1)
+    x = model.eval()(size=8).detach()
+    assert torch.equal(first.batch[0], x)
+    torch.set_rng_state(state)
     simulate(model, 8)
     assert not torch.equal(torch.get_rng_state(), state)
 

@@ -433,17 +433,20 @@ def test_no_unit_is_active_on_a_single_row() -> None:
     assert active_units(units, units_guide, torch.zeros(1)) == (0, 7)
 
 
-def test_units_are_counted_by_row_when_rows_are_not_the_last_plate() -> None:
+@pytest.mark.parametrize("first", [True, False])
+def test_units_are_counted_by_row_wherever_the_plate_over_rows_is(first) -> None:
+    dims = (-2, -1) if first else (-1, -2)
+
     def model(x):
-        with pyro.plate("data", len(x), dim=-2), pyro.plate("part", 4, dim=-1):
+        with pyro.plate("data", len(x), dim=dims[0]), pyro.plate("part", 4, dim=dims[1]):
             z = pyro.sample("z", dist.Normal(0.0, 1.0))
-            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x if first else x.mT)
 
     def guide(x):
-        with pyro.plate("data", len(x), dim=-2), pyro.plate("part", 4, dim=-1):
-            # Parts differ, rows do not: but for the last part.
-            loc = torch.arange(4.0).expand(len(x), 4) + x * torch.tensor([0.0, 0.0, 0.0, 1.0])
-            pyro.sample("z", dist.Normal(loc, 1.0))
+        # Parts differ, rows do not: but for the last part.
+        loc = torch.arange(4.0).expand(len(x), 4) + x * torch.tensor([0.0, 0.0, 0.0, 1.0])
+        with pyro.plate("data", len(x), dim=dims[0]), pyro.plate("part", 4, dim=dims[1]):
+            pyro.sample("z", dist.Normal(loc if first else loc.mT, 1.0))
 
     assert active_units(model, guide, torch.randn(30, 4)) == (1, 4)
 
