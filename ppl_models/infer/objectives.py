@@ -164,8 +164,11 @@ def _analytic_divergences(pair: Pair) -> dict[str, Tensor]:
         if node["is_observed"]:
             continue
         if parents <= before[name] and _scaled_alike(q[name], node):
+            mine, prior = q[name]["fn"], node["fn"]
+            if mine.batch_shape != prior.batch_shape:  # a replayed site lacks outer plates
+                prior = prior.expand(torch.broadcast_shapes(mine.batch_shape, prior.batch_shape))
             try:
-                value = kl_divergence(q[name]["fn"], node["fn"])
+                value = kl_divergence(mine, prior)
             except NotImplementedError:
                 pass
             else:

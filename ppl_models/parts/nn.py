@@ -69,6 +69,7 @@ class Network(nn.Module):
         for name, tensor in batched.items():
             own = tensor.shape[tensor.ndim - self._ndims[name] :]
             flat[name] = tensor.expand(*lead, *own).reshape(math.prod(outer), *own)
+        z = z.reshape((1,) * (inner + 1 - z.ndim) + z.shape)  # an input may lack the plates
         z = z.expand(*outer, *z.shape[-inner - 1 :])
         rows = z.reshape(math.prod(outer), -1, z.shape[-1])
         out = torch.vmap(lambda own, x: functional_call(self.net, own, (x,)))(flat, rows)
