@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -128,6 +129,24 @@ def check_device(device: torch.device | str | None) -> torch.device | None:
             "built for CUDA."
         )
     return device
+
+
+@contextmanager
+def moved(device: torch.device | None, *programs: Any) -> Iterator[None]:
+    """Move modules to a device; back again if the block fails."""
+    modules = [p for p in programs if isinstance(p, nn.Module)]
+    if device is None:
+        yield
+        return
+    origins = [next((p.device for p in module.parameters()), device) for module in modules]
+    for module in modules:
+        module.to(device)
+    try:
+        yield
+    except BaseException:
+        for module, origin in zip(modules, origins, strict=True):
+            module.to(origin)
+        raise
 
 
 def _arguments(data: Any) -> tuple[Any, ...]:

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import pyro
+import torch
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 from torch.distributions import constraints
@@ -68,14 +69,18 @@ def scratch_store() -> Iterator[None]:
 
 @contextmanager
 def unchanged_on_error() -> Iterator[None]:
-    """Forget the `pyro.param` statements of a block that fails."""
+    """Forget the `pyro.param` statements and the draws of a block that fails."""
     store = pyro.get_param_store()
     before = store.get_state()
+    stream = torch.get_rng_state()
+    on_gpu = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     try:
         yield
     except BaseException:
         store.clear()
         store.set_state(before)
+        torch.set_rng_state(stream)
+        torch.cuda.set_rng_state_all(on_gpu)
         raise
 
 

@@ -1,9 +1,10 @@
 """Evaluation: bounds and evidence with their errors, latents, and the scorecard."""
 
 from ppl_models.evaluate.bounds import elbo, iwae_bound, log_evidence
+from ppl_models.evaluate.comparison import compare
 from ppl_models.evaluate.estimate import Estimate
-from ppl_models.evaluate.latent import encode, generate, reconstruct
-from ppl_models.evaluate.scorecard import Scorecard, active_units, compare
+from ppl_models.evaluate.latent import active_units, encode, generate, reconstruct
+from ppl_models.evaluate.scorecard import Scorecard
 
 __all__ = [
     "Estimate",

@@ -75,25 +75,22 @@ def elbo(
             ).double()
             se = totals.std().item() / math.sqrt(particles) if particles > 1 else math.nan
             return Estimate(totals.mean().item() / size, se / size, None, None, particles)
-        means, squares = [], []
+        means, variances = [], []
         for rows in weights.row_chunks():
-            mean, square, seen = torch.zeros(()), torch.zeros(()), 0
+            pivot = total = square = torch.zeros(())
             for part, _ in weights.draw(particles, rows):
                 assert part is not None
                 value = part.double()
-                # Chan's update of a mean and a sum of squares by those of a block.
-                shift = value.mean(0) - mean
-                square = square + (value - value.mean(0)).square().sum(0)
-                square = square + shift.square() * (seen * len(value) / (seen + len(value)))
-                seen += len(value)
-                mean = mean + shift * (len(value) / seen)
-            means.append(mean)
-            squares.append(square)
+                # Sums around the first mean: no cancellation, and -inf stays -inf.
+                pivot = pivot if pivot.ndim else value.mean(0).nan_to_num(neginf=0.0)
+                total = total + (value - pivot).sum(0)
+                square = square + (value - pivot).square().sum(0)
+            means.append(pivot + total / particles)
+            variances.append((square - total.square() / particles) / max(1, particles - 1))
         mean = torch.cat(means)
         if particles == 1:
             return _by_row(mean, torch.full_like(mean, math.nan), particles)
-        variance = torch.cat(squares) / (particles - 1)
-        return _by_row(mean, (variance / particles).sqrt(), particles)
+        return _by_row(mean, (torch.cat(variances).clamp(min=0.0) / particles).sqrt(), particles)
 
 
 def iwae_bound(

@@ -12,10 +12,12 @@ from torch import Tensor
 from ppl_models.core.batch import as_batch, check_model
 from ppl_models.core.checks import check_count
 from ppl_models.core.random import seeded
-from ppl_models.core.sites import accepts_size, describe_program, stochastic_nodes
+from ppl_models.core.sites import SiteTable, accepts_size, describe_program, stochastic_nodes
 from ppl_models.core.store import own_parameters
 from ppl_models.core.traces import evaluating, run_pair
 from ppl_models.core.types import Distribution
+
+ACTIVE = 0.01  # a unit is active if its posterior mean varies more than this over rows
 
 
 def encode(
@@ -96,6 +98,43 @@ def reconstruct(
                 if node["is_observed"] and (mean := _mean(node["fn"])) is not None:
                     totals[name] = totals.get(name, 0.0) + mean
     return {name: total / draws for name, total in totals.items()}
+
+
+def active_units(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    *batch: Any,
+    seed: int | None = None,
+    plate: str = "data",
+) -> tuple[int, int]:
+    r"""Count latent units with :math:`\mathrm{var}_x(\mathbb{E}_q[z \mid x]) > 0.01`, and all.
+
+    Arguments:
+        model: Any Pyro model with a plate over rows.
+        guide: Any Pyro guide for it.
+        batch: The data.
+        seed: As in `encode`.
+        plate: Name of the plate over rows.
+
+    Source:
+        Burda, Grosse & Salakhutdinov (2016), section 5.2. https://arxiv.org/abs/1509.00519
+    """
+    means = encode(model, guide, *batch, seed=seed, plate=plate)
+    table = check_model(model, as_batch(batch, model), plate=plate, rows=len(batch[0]))
+    spread = [
+        value.movedim((table[name].data_dim or 0) - _events(table, name, value), 0)
+        .flatten(1)
+        .var(0, correction=min(1, len(batch[0]) - 1))
+        if value.ndim > 1
+        else value.var(0, correction=min(1, len(batch[0]) - 1), keepdim=True)
+        for name, value in means.items()
+    ]
+    units = torch.cat(spread)
+    return int((units > ACTIVE).sum()), len(units)
+
+
+def _events(table: SiteTable, name: str, value: Tensor) -> int:
+    return value.ndim - len(table[name].batch_shape)
 
 
 def generate(model: Callable[..., Any], size: int, *, seed: int | None = None) -> Any:

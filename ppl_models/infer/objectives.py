@@ -83,7 +83,7 @@ class ELBO:
                     "computes something else under a leading dimension. Write `z @ w` and the like "
                     "so that dimensions on the left are carried along, or use "
                     f"ELBO(particles={self.particles}, vectorized=False)."
-                )
+                ) from _fault(model, guide, *batch, dim=-1 - dims)
         return replace(self, plate_dims=dims)
 
     def __call__(
@@ -109,6 +109,18 @@ class ELBO:
         if dims is None:
             _, dims = joint_table(model, guide, *batch)
         yield run_pair(model, guide, *batch, particles=self.particles, dim=-1 - dims)
+
+
+def _fault(
+    model: Callable[..., Any], guide: Callable[..., Any], *batch: Tensor, dim: int
+) -> Exception | None:
+    """What the programs say under a leading dimension, if they say anything."""
+    try:
+        with torch.no_grad():
+            run_pair(model, guide, *batch, particles=2, dim=dim)
+    except Exception as error:  # noqa: BLE001 - user code may raise anything
+        return error
+    return None
 
 
 def _estimate(pair: Pair, *, analytic_kl: bool) -> tuple[Tensor | float, Tensor | float]:

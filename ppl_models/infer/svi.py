@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.optimizer import Optimizer
 
-from ppl_models.core.batch import as_batch, check_device, check_model
+from ppl_models.core.batch import as_batch, check_device, check_model, moved
 from ppl_models.core.checks import check_count
 from ppl_models.core.minibatch import minibatch
 from ppl_models.core.random import seeded
@@ -111,8 +111,8 @@ def fit(
     Raises:
         ValueError: If an argument is out of range, the data are not what the model describes, or
             the guide does not fit the model. Nothing has changed then.
-        FloatingPointError: If the bound is not finite at a step. The parameters are those before
-            that step.
+        FloatingPointError: If the bound or its gradient is not finite at a step. The parameters
+            are those before that step.
 
     Example:
         >>> from guides import Amortized
@@ -126,7 +126,7 @@ def fit(
     place = check_device(device)
     batch = as_batch(data, model, guide, device=place)
     size = len(batch[0]) if batch else 1
-    with _moved(place, model, guide), own_parameters(model, guide), seeded(seed):
+    with moved(place, model, guide), own_parameters(model, guide), seeded(seed):
         rows, table = _choose_rows(model, batch, plate, batch_size)
         _check_minibatches(table, guide, rows, size)
         part = tuple(value[:rows] for value in batch)
@@ -154,11 +154,7 @@ def fit(
         ):
             for step, chosen in enumerate(_batches(size, rows, total), start=1):
                 bound = run.gradients(chosen)
-                if not torch.isfinite(bound):
-                    raise FloatingPointError(
-                        f"fit: the bound is {bound.item()} at step {step}, and training has "
-                        "stopped before it. Try a smaller lr, or a likelihood with a minimum scale."
-                    )
+                _check_finite(bound, leaves, step)
                 optimise.step()
                 if scheduler is not None:
                     scheduler.step()
@@ -220,6 +216,17 @@ class _Run:
             # In the layout of the leaf: fused optimisers read both as flat memory, unchecked.
             leaf.grad = None if gradient is None else torch.empty_like(leaf).copy_(gradient)
         return bound.detach() / self.size
+
+
+def _check_finite(bound: Tensor, leaves: list[Tensor], step: int) -> None:
+    norm = torch.nn.utils.get_total_norm([v.grad for v in leaves if v.grad is not None])
+    if torch.isfinite(bound) and torch.isfinite(norm):
+        return
+    raise FloatingPointError(
+        f"fit: at step {step} the bound is {bound.item():.4g} and the norm of its gradient "
+        f"{norm.item():.4g}; training has stopped before that step. Try a smaller lr, or a "
+        "likelihood with a minimum scale."
+    )
 
 
 def _batches(size: int, rows: int, total: int) -> Iterator[Tensor | None]:
@@ -318,24 +325,6 @@ def _check_minibatches(table: SiteTable, guide: Any, rows: int, size: int) -> No
             f"to positions in the batch, not to rows, so batch_size must be {size} (all rows), got "
             f"{rows}. Use guides.Local or guides.Amortized for minibatches."
         )
-
-
-@contextmanager
-def _moved(device: torch.device | None, *programs: Any) -> Iterator[None]:
-    """Move modules to a device; back again if the block fails."""
-    modules = [p for p in programs if isinstance(p, nn.Module)]
-    if device is None:
-        yield
-        return
-    origins = [next((p.device for p in module.parameters()), device) for module in modules]
-    for module in modules:
-        module.to(device)
-    try:
-        yield
-    except BaseException:
-        for module, origin in zip(modules, origins, strict=True):
-            module.to(origin)
-        raise
 
 
 @contextmanager

@@ -104,6 +104,13 @@ def test_what_gets_no_prior_stays_a_parameter_with_its_value() -> None:
     assert not torch.equal(kept["log_noise_scale"], before["log_noise_scale"])
 
 
+def test_the_prior_decides_and_not_whether_a_parameter_was_frozen() -> None:
+    ppca = PPCA(data_dim=3, latent_dim=1)
+    ppca.loading.requires_grad_(False)
+    table = site_table(bayesian(ppca, only_loading), torch.zeros(2, 3))
+    assert [site.name for site in table.globals] == ["loading"]
+
+
 def test_the_module_is_copied_and_left_as_it_is() -> None:
     ppca = PPCA(data_dim=3, latent_dim=1)
     before = copy.deepcopy(ppca.state_dict())

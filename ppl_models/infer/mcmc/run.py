@@ -13,7 +13,7 @@ import pyro.infer
 import torch
 from torch import Tensor, nn
 
-from ppl_models.core.batch import as_batch, check_device, check_model
+from ppl_models.core.batch import as_batch, check_device, check_model, moved
 from ppl_models.core.checks import check_count
 from ppl_models.core.random import seeded
 from ppl_models.core.sites import SiteTable, describe, describe_program
@@ -130,12 +130,16 @@ def sample(
     for name, value, least in (("chains", chains, 1), ("draws", draws, 4), ("warmup", warmup, 0)):
         check_count("sample", name, value, least)
     place = check_device(device)
-    if place is not None and isinstance(model, nn.Module):
-        model.to(place)
     arguments = as_batch(batch, model, device=place)
     sampler = NUTS() if sampler is None else sampler
     start = time.perf_counter()
-    with own_parameters(model), _frozen(model), evaluation_mode(model), seeded(seed):
+    with (
+        moved(place, model),
+        own_parameters(model),
+        _frozen(model),
+        evaluation_mode(model),
+        seeded(seed),
+    ):
         size = len(arguments[0]) if arguments else 1
         table = check_model(model, arguments, plate=plate, rows=size)
         _check_latents(model, table, rows=rows)

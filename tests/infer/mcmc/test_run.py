@@ -165,6 +165,20 @@ def test_the_model_is_left_as_it_was() -> None:
     assert len(pyro.get_param_store()) == 0
 
 
+def test_parameters_are_held_and_in_evaluation_mode_while_chains_run() -> None:
+    seen: set[tuple[bool, bool]] = set()
+
+    class Watched(PPCA):
+        def prior(self) -> Any:
+            seen.add((self.loading.requires_grad, self.training))
+            return super().prior()
+
+    model = Watched(data_dim=3, latent_dim=1)
+    small(model, torch.zeros(2, 3))
+    assert seen == {(False, False)}
+    assert all(p.requires_grad for p in model.parameters())
+
+
 def test_parameters_of_a_bayesian_model_are_sampled() -> None:
     model = bayesian(PPCA(data_dim=3, latent_dim=1), dist.Normal(0.0, 1.0))
     x = model(size=4).detach()

@@ -1,0 +1,315 @@
+"""How good is a guide? Several, on the same model and data, beside a sampler that needs none."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from torch import Tensor, nn
+
+from ppl_models.core.batch import as_batch, check_device, check_model
+from ppl_models.core.checks import check_count
+from ppl_models.core.random import seeded
+from ppl_models.core.sites import SiteTable
+from ppl_models.core.store import own_parameters, scratch_store
+from ppl_models.core.traces import evaluating
+from ppl_models.core.types import Batch, Refinable
+from ppl_models.evaluate.bounds import elbo, log_evidence
+from ppl_models.evaluate.latent import active_units
+from ppl_models.evaluate.scorecard import Entry, Reference, Scorecard
+from ppl_models.infer import NUTS, Fit, Posterior, fit, sample
+
+DEFAULT_REFERENCE = NUTS()
+GUIDE_DRAWS = 500  # draws from a guide, to compare its moments with the reference
+
+
+def compare(
+    model: Callable[..., Any],
+    guides: Mapping[str, Callable[..., Any]],
+    data: Any,
+    test: Any,
+    *,
+    steps: int | None = None,
+    epochs: int | None = None,
+    batch_size: int | None = None,
+    lr: float = 1e-3,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    particles: int = 1000,
+    reference: NUTS | None = DEFAULT_REFERENCE,
+    reference_rows: int = 8,
+    chains: int = 2,
+    draws: int = 200,
+    warmup: int = 200,
+    plate: str = "data",
+    progress: bool | None = None,
+    **options: Any,
+) -> Scorecard:
+    """Train a model with each of several guides from the same start, and score them on test rows.
+
+    The model is left as it was; each entry of the scorecard has a trained copy.
+
+    Arguments:
+        model: Any Pyro model.
+        guides: By name, a factory that makes a guide from the model, such as `Amortized`, or a
+            guide that was made for this very model.
+        data: Training rows, as in `fit`.
+        test: Test rows. A guide with parameters for each row is refined on them.
+        steps: Optimisation steps.
+        epochs: Passes over the training rows, instead of `steps`.
+        batch_size: Rows in a step.
+        lr: Learning rate.
+        seed: Of all draws; every guide starts from it.
+        device: Where to work.
+        particles: Draws for log p(x); a tenth of them for the ELBO.
+        reference: The sampler beside the guides; None leaves it out.
+        reference_rows: Test rows that it runs on.
+        chains: Its chains.
+        draws: Draws from each.
+        warmup: Transitions for its adaptation.
+        plate: Name of the plate over rows.
+        progress: Whether to show bars; None shows them on a terminal.
+        options: Passed on to `fit`.
+
+    Raises:
+        ValueError: If there is no guide, or as `fit`, `elbo` and `sample` do.
+
+    Example:
+        >>> from guides import Amortized, Exact
+        >>> from ppl_models import PPCA
+        >>> model = PPCA(data_dim=5, latent_dim=2)
+        >>> guides = {"exact": Exact, "amortized": Amortized}
+        >>> x = model(size=64)
+        >>> card = compare(model, guides, x[:48], x[48:], steps=5, reference=None)
+        >>> abs(card["exact"].gap) < 1e-3
+        True
+    """
+    if not guides:
+        raise ValueError("compare: guides must name at least one guide, such as {'a': Amortized}.")
+    place = check_device(device)
+    settings = {"lr": lr, "steps": steps, "epochs": epochs, "batch_size": batch_size}
+    training = {k: v for k, v in settings.items() if v is not None} | options
+    rows, rows_test = (as_batch(d, model, device=place) for d in (data, test))
+    check_count("compare", "particles", particles)
+    check_count("compare", "reference_rows", reference_rows)
+    check_model(model, rows_test, plate=plate, rows=_rows(rows_test))
+    entries = []
+    for name, make in guides.items():
+        with _fresh(model, make, rows_test) as (own, mine):
+            with seeded(seed):
+                guide = mine if isinstance(mine, nn.Module) else mine(own)
+            result = fit(
+                own,
+                guide,
+                rows,
+                seed=seed,
+                device=device,
+                plate=plate,
+                progress=_label(name, progress),
+                **training,
+            )
+            entries.append(
+                _score(
+                    name,
+                    own,
+                    result,
+                    rows_test,
+                    particles=particles,
+                    plate=plate,
+                    seed=seed,
+                    reference=reference,
+                    reference_rows=reference_rows,
+                    chains=chains,
+                    draws=draws,
+                    warmup=warmup,
+                    progress=progress,
+                )
+            )
+    same = {
+        "data": f"{_rows(rows)} training and {_rows(rows_test)} test rows",
+        "batch size": entries[0].fit.batch_size,
+        "steps": entries[0].fit.steps,
+        "lr": lr,
+        "seed": seed,
+        "particles": particles,
+    }
+    beside = min(reference_rows, _rows(rows_test)) if reference is not None else None
+    return Scorecard(tuple(entries), same, tuple(_notes(entries, beside)))
+
+
+def _score(
+    name: str,
+    model: Callable[..., Any],
+    result: Fit,
+    test: Batch,
+    *,
+    particles: int,
+    plate: str,
+    seed: int,
+    reference: NUTS | None,
+    reference_rows: int,
+    progress: bool | None,
+    **sampling: Any,
+) -> Entry:
+    guide: Any = result.guide
+    trained = guide.parameters() if isinstance(guide, nn.Module) else []
+    parameters = sum(value.numel() for value in trained if value.requires_grad)
+    table = check_model(model, test, plate=plate, rows=_rows(test))
+    start = time.perf_counter()
+    on_test: Any = guide
+    refined = False
+    if isinstance(guide, Refinable) and table.locals:
+        refined = True
+        label = _label(f"{name}: test rows", progress)
+        on_test = guide.refine(*test, seed=seed, progress=label)
+    units = active_units(model, on_test, *test, seed=seed, plate=plate) if table.locals else (0, 0)
+    seconds = time.perf_counter() - start
+    options = {"seed": seed, "plate": plate}
+    bound = elbo(model, on_test, *test, particles=max(2, particles // 10), **options)
+    evidence = None
+    if bound.rows is not None:
+        evidence = log_evidence(model, on_test, *test, particles=particles, **options)
+    beside = None
+    if reference is not None and _samplable(table):
+        few = tuple(value[:reference_rows] for value in test)
+        posterior = sample(
+            model,
+            *few,
+            sampler=reference,
+            rows=True,
+            seed=seed,
+            plate=plate,
+            progress=_label(f"{name}: NUTS", progress),
+            **sampling,
+        )
+        beside = _beside(posterior, model, on_test, test, table, len(few[0]), seed)
+    return Entry(
+        name=name,
+        model=model,
+        guide=guide,
+        fit=result,
+        elbo=bound,
+        evidence=evidence,
+        active=units,
+        parameters=parameters,
+        test_seconds=seconds,
+        refined=refined,
+        reference=beside,
+    )
+
+
+def _rows(batch: Batch) -> int:
+    return len(batch[0]) if batch else 1
+
+
+def _samplable(table: SiteTable) -> bool:
+    return not table.globals and all(not site.discrete for site in table.latents)
+
+
+def _beside(
+    posterior: Posterior,
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    test: Batch,
+    table: SiteTable,
+    rows: int,
+    seed: int,
+) -> Reference:
+    """Compare moments of the guide with those of the reference, site by site."""
+    drawn: dict[str, list[Tensor]] = {name: [] for name in posterior}
+    with own_parameters(model, guide), seeded(seed), evaluating(model, guide):
+        for _ in range(GUIDE_DRAWS):
+            trace = poutine.trace(guide).get_trace(*test)
+            for name, values in drawn.items():
+                value: Any = trace.nodes[name]["value"]  # pyright: ignore[reportTypedDictNotRequiredAccess]
+                axis = (table[name].data_dim or 0) - len(table[name].event_shape)
+                values.append(value.narrow(axis, 0, rows).flatten())
+    errors, noises, ratios = [], [], []
+    mcse = posterior.mcse()
+    for name, values in drawn.items():
+        own = torch.stack(values).double()
+        mean, scale = (v[name].flatten().double() for v in (posterior.mean(), posterior.scale()))
+        errors.append((own.mean(0) - mean) / scale)
+        noise = mcse[name].flatten().square() + own.var(0) / len(own)
+        noises.append(noise / scale.square())
+        ratios.append((own.std(0) / scale).log())
+    return Reference(
+        mean_error=torch.cat(errors).square().mean().sqrt().item(),
+        noise=torch.cat(noises).mean().sqrt().item(),
+        scale_ratio=torch.cat(ratios).mean().exp().item(),
+        posterior=posterior,
+    )
+
+
+@contextmanager
+def _fresh(
+    model: Callable[..., Any], make: Callable[..., Any], batch: Batch
+) -> Iterator[tuple[Callable[..., Any], Callable[..., Any]]]:
+    """Give copies of a model and of a guide or its factory, and put back what is no module's own.
+
+    Modules are copied, a guide together with the model that it knows. What a function asks of
+    `pyro.param` or `pyro.module` cannot be: its values are put back after the block.
+    """
+    memo: dict[int, Any] = {}
+    own, mine = (
+        copy.deepcopy(program, memo) if isinstance(program, nn.Module) else program
+        for program in (model, make)
+    )
+    store = pyro.get_param_store()
+    state: Any = store.get_state()
+    leaves = list({id(v): v for v in (*state["params"].values(), *_asked(model, batch))}.values())
+    before = [leaf.detach().clone() for leaf in leaves]
+    try:
+        with store.scope(copy.copy(state)):
+            yield own, mine
+    finally:
+        with torch.no_grad():
+            for leaf, value in zip(leaves, before, strict=True):
+                leaf.copy_(value)
+
+
+def _asked(model: Callable[..., Any], batch: Batch) -> list[Tensor]:
+    """Return the tensors that a model written as a function asks Pyro for."""
+    if isinstance(model, nn.Module):
+        return []
+    with scratch_store(), seeded(0), torch.no_grad():
+        poutine.trace(model).get_trace(*batch)
+        state: Any = pyro.get_param_store().get_state()
+    return list(state["params"].values())
+
+
+def _notes(entries: list[Entry], rows: int | None) -> list[str]:
+    notes = []
+    if refined := [entry.name for entry in entries if entry.refined]:
+        notes.append(f"Not the same: {', '.join(refined)} was refined on the test rows.")
+    beside = [entry for entry in entries if entry.reference is not None]
+    for entry in beside:
+        assert entry.reference is not None
+        posterior = entry.reference.posterior
+        worst = max(value.max().item() for value in posterior.rhat().values())
+        notes.append(
+            f"NUTS for {entry.name}: {rows} rows, {posterior.chains} chains of {posterior.draws}, "
+            f"R-hat up to {worst:.2f}, {int(posterior.divergences.sum())} divergences, "
+            f"{posterior.seconds:.0f} s; by noise alone mean err would be "
+            f"{entry.reference.noise:.2f}."
+        )
+    if rows is not None and len(beside) < len(entries):
+        notes.append("NUTS was not run where a latent is discrete or shared by all rows.")
+    for entry in entries:
+        if entry.evidence is not None and -entry.evidence.bias > max(0.05, 3 * entry.evidence.se):
+            notes.append(
+                f"log p(x) under {entry.name} is low by about {-entry.evidence.bias:.2f} nats: few "
+                "particles carry the weight. Raise particles."
+            )
+    return notes
+
+
+def _label(name: str, progress: bool | None) -> bool | str | None:
+    """Name a bar, where bars are shown at all."""
+    return name if progress else progress
