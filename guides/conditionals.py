@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import pyro.distributions as dist
@@ -163,7 +163,7 @@ class _Zuko(ZukoToPyro):
         with torch.no_grad():
             return self(sample_shape)
 
-    def expand(self, batch_shape: Size, _instance: Any = None) -> _Zuko:
+    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> _Zuko:
         return _Zuko(self.dist.expand(Size(batch_shape)))
 
 

@@ -77,7 +77,7 @@ class PPCA(PyroModule):
         return dist.Normal(loc, self.noise_scale.unsqueeze(-1)).to_event(1)
 
     @property
-    def noise_scale(self) -> Float[Tensor, ""]:
+    def noise_scale(self) -> Float[Tensor, "*batch"]:
         """Standard deviation of the noise, in the units of ``x``."""
         return self.log_noise_scale.exp()
 

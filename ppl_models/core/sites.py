@@ -173,7 +173,7 @@ class SiteTable:
 
 
 def site_table(model: Callable[..., Any], *batch: Tensor, plate: str = "data") -> SiteTable:
-    """Trace a model once and tabulate its sites.
+    """Trace a model once, out of reach of handlers outside, and tabulate its sites.
 
     Neither the global random state nor the parameters of a module change.
 
@@ -186,11 +186,11 @@ def site_table(model: Callable[..., Any], *batch: Tensor, plate: str = "data") -
         >>> from ppl_models import PPCA
         >>> model = PPCA(data_dim=5, latent_dim=2)
         >>> print(site_table(model, model(size=7)))
-        site  role            plates  batch  event  support
-        z     local latent    data    (7,)   (2,)   real vector
-        x     observed        data    (7,)   (5,)   real vector
+        site  role          plates  batch  event  support
+        z     local latent  data    (7,)   (2,)   real vector
+        x     observed      data    (7,)   (5,)   real vector
     """
-    with scratch_store(), own_parameters(model), seeded(0), torch.no_grad():
+    with poutine.block(), scratch_store(), own_parameters(model), seeded(0), torch.no_grad():
         trace = poutine.trace(model).get_trace(*batch)
     return table_of(trace, plate)
 
@@ -231,7 +231,7 @@ def example_batch(model: Callable[..., Any], example: Any = None, size: int = 2)
             f"{describe_program(model)} cannot draw a batch by itself, because it takes no `size=`."
             " Pass one: example=(x[:2],), or example=(x[:2], y[:2]) for two arguments."
         )
-    with scratch_store(), own_parameters(model), seeded(0), torch.no_grad():
+    with poutine.block(), scratch_store(), own_parameters(model), seeded(0), torch.no_grad():
         batch = model(size=size)
     return tuple(batch) if isinstance(batch, tuple | list) else (batch,)
 

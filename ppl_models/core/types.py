@@ -14,6 +14,7 @@ Distribution: TypeAlias = TorchDistributionMixin
 Batch: TypeAlias = tuple[Tensor, ...]
 
 
+@runtime_checkable
 class Model(Protocol):
     """A generative story: a callable that makes `pyro.sample` statements.
 
@@ -26,6 +27,7 @@ class Model(Protocol):
         ...
 
 
+@runtime_checkable
 class Guide(Protocol):
     """A callable with the model's arguments that samples every latent of the model."""
 
@@ -34,6 +36,7 @@ class Guide(Protocol):
         ...
 
 
+@runtime_checkable
 class Objective(Protocol):
     """What `fit` ascends.
 

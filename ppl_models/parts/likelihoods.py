@@ -7,7 +7,7 @@ decoder puts out an array of shape (size, *event) for a row, or anything with as
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import pyro.distributions as dist
 from jaxtyping import Float
@@ -16,6 +16,7 @@ from torch import Tensor
 from ppl_models.core.types import Distribution
 
 
+@runtime_checkable
 class Likelihood(Protocol):
     """A distribution of one row, given the numbers that a decoder puts out."""
 
