@@ -9,13 +9,13 @@ from typing import Any, ClassVar
 
 import pyro.distributions as dist
 import torch
-import zuko
 from jaxtyping import Float
 from pyro.contrib.zuko import ZukoToPyro
 from torch import Size, Tensor, nn
 from torch.distributions import biject_to, constraints
 from torch.distributions import transforms as T
 
+from guides.flows import zuko
 from ppl_models.core.sites import Site, base_support
 from ppl_models.core.types import Distribution
 

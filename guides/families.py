@@ -13,7 +13,6 @@ from typing import Any
 
 import pyro.distributions as dist
 import torch
-import zuko
 from torch import nn
 from torch.distributions import biject_to, constraints
 
@@ -26,6 +25,7 @@ from guides.conditionals import (
     Lastwise,
     LowRankCovariance,
 )
+from guides.flows import zuko
 from ppl_models.core.sites import Site, base_support, describe
 
 

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import pyro.distributions as dist
-import zuko
 from torch import Tensor, nn
 
 from guides import families
 from guides.amortized import Amortized
 from guides.exact import Exact
+from guides.flows import zuko
 from guides.local import Local
 from ppl_models.core.random import seeded
 from ppl_models.core.sites import example_batch
