@@ -75,6 +75,7 @@ class Amortized(SiteGuide):
             )
         self.mean_field = mean_field
         self.encoder = _default_encoder(self._example, hidden) if encoder is None else encoder
+        self.encoder.to(device=self._like.device, dtype=self._like.dtype)
         features = _features(self.encoder, self._example)
         self.heads = nn.ModuleDict()
         earlier = 0
@@ -87,7 +88,7 @@ class Amortized(SiteGuide):
                 earlier += self.flat(name, self._sites[name].value).shape[-1]
         self.to(device=self._like.device, dtype=self._like.dtype)
 
-    def parameters_of(self, site: str, *batch: Tensor, **earlier: Tensor) -> Tensor:
+    def parameters_of(self, site: str, /, *batch: Tensor, **earlier: Tensor) -> Tensor:
         """Return what the network puts out for a local latent."""
         seen = self.encoder(*batch)
         if not self.mean_field:
@@ -140,9 +141,6 @@ def _default_encoder(batch: tuple[Tensor, ...], hidden: Sequence[int]) -> nn.Mod
 
 def _features(encoder: nn.Module, batch: tuple[Tensor, ...]) -> int:
     """Run an encoder on two rows, leave it as it was, and count its features."""
-    like = next((v.dtype for v in encoder.parameters() if v.is_floating_point()), None)
-    if like is not None:
-        batch = tuple(v.to(like) if v.is_floating_point() else v for v in batch)
     training = encoder.training
     try:
         with torch.no_grad():

@@ -10,7 +10,6 @@ from typing import Any
 
 import pyro
 import torch
-from pyro.nn import PyroModule
 from torch import Tensor, nn
 from torch.distributions import constraints
 
@@ -18,14 +17,23 @@ from guides import families
 from guides.conditionals import Conditional
 from guides.families import Family
 from ppl_models.core.batch import as_batch
-from ppl_models.core.random import unique_name
-from ppl_models.core.sites import Site, base_support, describe_program, example_batch, site_table
+from ppl_models.core.module import NamedModule
+from ppl_models.core.sites import (
+    Site,
+    SiteTable,
+    base_support,
+    describe_program,
+    example_batch,
+    moving_support,
+    site_table,
+    value_support,
+)
 from ppl_models.core.types import Distribution
 
 Families = Family | Mapping[str, Family] | None
 
 
-class SiteGuide(PyroModule):
+class SiteGuide(NamedModule):
     """A guide built from a model alone: each latent gets a family, in the model's own plates.
 
     The latents of a row are sampled in the order of the model; what the numbers of each family are
@@ -41,7 +49,7 @@ class SiteGuide(PyroModule):
         plate: str,
     ) -> None:
         kind = type(self).__name__
-        super().__init__(unique_name(kind.lower()))
+        super().__init__()
         batch = as_batch(example_batch(model, example), model)
         table = site_table(model, *batch, plate=plate)
         table.check_plates()
@@ -57,6 +65,7 @@ class SiteGuide(PyroModule):
                     f"rows. Write `with pyro.plate('{plate}', len(x)):`, so that one site holds "
                     "all rows."
                 )
+        _check_supports(table, site_table(model, *_turned(batch), plate=plate, seed=1))
         if table.locals and table.subsamples_itself:
             raise ValueError(
                 f"{kind}: plate '{plate}' subsamples by itself, so the guide cannot know which rows "
@@ -97,7 +106,7 @@ class SiteGuide(PyroModule):
                 draws[name] = pyro.sample(name, self.q(name, *batch, **draws))
         return draws
 
-    def q(self, site: str, *batch: Tensor, **earlier: Tensor) -> Distribution:
+    def q(self, site: str, /, *batch: Tensor, **earlier: Tensor) -> Distribution:
         """Return the distribution of a latent: the only place that says what it is.
 
         Arguments:
@@ -112,7 +121,7 @@ class SiteGuide(PyroModule):
         return conditional(self._in_plates(self._sites[site], parameters))
 
     @abc.abstractmethod
-    def parameters_of(self, site: str, *batch: Tensor, **earlier: Tensor) -> Tensor:
+    def parameters_of(self, site: str, /, *batch: Tensor, **earlier: Tensor) -> Tensor:
         """Return the numbers of a local latent's family, shape (*lead, N, others * size).
 
         `lead` are dimensions to the left of the model's plates, such as particles, and `others`
@@ -165,6 +174,23 @@ class SiteGuide(PyroModule):
         return (
             value.flatten(value.ndim - dims - events + 1) if dims + events > 1 else value[..., None]
         )
+
+
+def _turned(batch: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    return tuple(value.flip(0) for value in batch)
+
+
+def _check_supports(one: SiteTable, other: SiteTable) -> None:
+    """Refuse a support that is another one at other draws and with other rows."""
+    for site in one.latents:
+        if site.discrete:
+            continue
+        bounds = [vars(base_support(value_support(table[site.name]))[0]) for table in (one, other)]
+        for name, bound in bounds[0].items():
+            if not isinstance(bound, Tensor | float | int):
+                continue
+            if not torch.equal(torch.as_tensor(bound), torch.as_tensor(bounds[1][name])):
+                raise ValueError(moving_support(site))
 
 
 def _families(kind: str, sites: Mapping[str, Site], family: Families) -> dict[str, Family]:

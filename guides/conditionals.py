@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import copy
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
@@ -16,7 +17,7 @@ from torch.distributions import biject_to, constraints
 from torch.distributions import transforms as T
 
 from guides.flows import zuko
-from ppl_models.core.sites import Site, base_support
+from ppl_models.core.sites import Site, base_support, value_support
 from ppl_models.core.types import Distribution
 
 
@@ -43,23 +44,21 @@ class Bijected(Conditional):
 
     def __init__(self, site: Site) -> None:
         super().__init__()
-        support = site.support
-        self._is_real = base_support(support)[0] is constraints.real
-        self._bijection = None if self._is_real else biject_to(support)
+        support = value_support(site)
+        self._support = None if base_support(support)[0] is constraints.real else support
+        bijection = None if self._support is None else biject_to(self._support)
         self._shape = Size(
-            site.event_shape
-            if self._bijection is None
-            else self._bijection.inverse_shape(site.event_shape)
+            site.event_shape if bijection is None else bijection.inverse_shape(site.event_shape)
         )
         self.features = math.prod(self._shape)
 
-    def _carry(self, base: Distribution, *, flat: bool = True) -> Distribution:
-        """Carry a distribution over the unconstrained space to the support."""
+    def _carry(self, base: Distribution, like: Tensor, *, flat: bool = True) -> Distribution:
+        """Carry a distribution over the unconstrained space to the support, where `like` is."""
         steps: list[Any] = []
         if flat and len(self._shape) != 1:
             steps.append(T.ReshapeTransform(Size((self.features,)), self._shape))
-        if self._bijection is not None:
-            steps.append(self._bijection)
+        if self._support is not None:
+            steps.append(biject_to(_moved(self._support, like)))
         return dist.TransformedDistribution(base, steps) if steps else base
 
 
@@ -74,7 +73,7 @@ class DiagonalNormal(Bijected):
         shape = (*parameters.shape[:-1], *self._shape)
         loc, log_square = parameters.split(self.features, dim=-1)
         base = dist.Normal(loc.reshape(shape), (log_square.reshape(shape) / 2).exp())
-        return self._carry(base.to_event(len(self._shape)), flat=False)
+        return self._carry(base.to_event(len(self._shape)), parameters, flat=False)
 
     def initial(self) -> Tensor:
         return _loc_and_log_square(self.features)
@@ -92,7 +91,9 @@ class LowRankCovariance(Bijected):
         n = self.features
         loc, log_square, factor = parameters.split([n, n, n * self.rank], dim=-1)
         factor = factor.reshape(*factor.shape[:-1], n, self.rank)
-        return self._carry(dist.LowRankMultivariateNormal(loc, factor, log_square.exp()))
+        return self._carry(
+            dist.LowRankMultivariateNormal(loc, factor, log_square.exp()), parameters
+        )
 
     def initial(self) -> Tensor:
         # At a factor of 0 its gradient is 0, too: start beside it.
@@ -119,7 +120,7 @@ class FullCovariance(Bijected):
         loc, log_square, below = parameters.split([n, n, self.size - 2 * n], dim=-1)
         padded = torch.nn.functional.pad(below, (0, 1))
         factor = padded[..., self._order] + torch.diag_embed((log_square / 2).exp())
-        return self._carry(dist.MultivariateNormal(loc, scale_tril=factor))
+        return self._carry(dist.MultivariateNormal(loc, scale_tril=factor), parameters)
 
     def initial(self) -> Tensor:
         rest = torch.zeros(self.size - 2 * self.features)
@@ -141,7 +142,7 @@ class FlowConditional(Bijected):
         flow = self.flow(parameters)
         if self._inverse:
             flow = zuko.distributions.NormalizingFlow(flow.transform.inv, flow.base)
-        return self._carry(_Zuko(flow))
+        return self._carry(_Zuko(flow), parameters)
 
     def initial(self) -> Tensor:
         return 0.1 * torch.randn(self.size)
@@ -203,6 +204,18 @@ class Lastwise(Conditional):
     def forward(self, parameters: Tensor) -> Distribution:
         numbers = parameters.reshape(*parameters.shape[:-1], *self._shape)
         return self._make(numbers).to_event(len(self._shape) - 1)
+
+
+def _moved(support: constraints.Constraint, like: Tensor) -> constraints.Constraint:
+    """Bring the bounds of a support to where the parameters are."""
+    base, dims = base_support(support)
+    if not any(isinstance(bound, Tensor) for bound in vars(base).values()):
+        return support
+    own = copy.copy(base)
+    for name, bound in vars(base).items():
+        if isinstance(bound, Tensor):
+            setattr(own, name, bound.to(like))
+    return constraints.independent(own, dims) if dims else own
 
 
 def _loc_and_log_square(features: int) -> Tensor:

@@ -11,14 +11,14 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
-from pyro.nn import PyroModule
 from torch import Tensor
 from torch.distributions import constraints
 from torch.distributions.transforms import ReshapeTransform
 
 from ppl_models.core.batch import as_batch
 from ppl_models.core.minibatch import current_minibatch
-from ppl_models.core.random import seeded, unique_name
+from ppl_models.core.module import NamedModule
+from ppl_models.core.random import seeded
 from ppl_models.core.sites import (
     base_support,
     describe,
@@ -31,7 +31,7 @@ from ppl_models.core.store import own_parameters, scratch_store
 from ppl_models.core.types import Distribution
 
 
-class Exact(PyroModule):
+class Exact(NamedModule):
     r"""The posterior itself, of a model that is linear and Gaussian given its parameters.
 
     If the model has a method `posterior`, that is the guide. Otherwise the square is completed:
@@ -62,7 +62,7 @@ class Exact(PyroModule):
     def __init__(
         self, model: Callable[..., Any], *, example: Any = None, plate: str = "data"
     ) -> None:
-        super().__init__(unique_name("exact"))
+        super().__init__()
         batch = as_batch(example_batch(model, example), model)
         table = site_table(model, *batch, plate=plate)
         table.check_plates()
@@ -103,7 +103,7 @@ class Exact(PyroModule):
                 draws[site] = pyro.sample(site, self._conditional(site, moments, draws))
         return draws
 
-    def q(self, site: str, *batch: Tensor, **earlier: Tensor) -> Distribution:
+    def q(self, site: str, /, *batch: Tensor, **earlier: Tensor) -> Distribution:
         """Return the posterior of a latent, given the batch and the latents before it."""
         return self._conditional(site, self._moments(*batch), earlier)
 
@@ -184,11 +184,11 @@ class Exact(PyroModule):
             part = point[:, start : start + math.prod(shape)]
             values[name] = part.reshape((len(point), *shape) if self._local else shape)
             start += math.prod(shape)
-        # Hidden from whatever runs this guide: it is arithmetic here, not a statement.
+        # Hidden from whatever runs this guide, minibatches included: it is arithmetic here.
         with poutine.block():
             trace = poutine.trace(poutine.condition(self._model[0], data=values)).get_trace(*batch)
         trace.compute_log_prob()
-        terms = [node["unscaled_log_prob"].sum() for _, node in stochastic_nodes(trace)]
+        terms = [node["log_prob"].sum() for _, node in stochastic_nodes(trace)]
         return torch.stack(terms).sum()
 
     def _check_quadratic(self, name: str, *batch: Tensor) -> None:

@@ -147,10 +147,6 @@ class Flow(_Unconstrained):
         self.inverse = inverse
         self.options = options
 
-    def refuses(self, site: Site) -> str | None:
-        """Say why a flow cannot serve a site; None if it can."""
-        return super().refuses(site)
-
     def _build(self, site: Site) -> Conditional:
         return FlowConditional(
             site,

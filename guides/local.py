@@ -63,12 +63,13 @@ class Local(SiteGuide):
                 f"each row has its own {names}; got {rows!r}. Use Local(model, rows=len(x))."
             )
         self.rows = rows if names else None
+        self._started = False  # whether the numbers come from another guide
         self.row_parameters = nn.ParameterDict(
             {key(name): expanded(self._start(name), (rows or 1,)) for name in names}
         )
         self.to(device=self._like.device, dtype=self._like.dtype)
 
-    def parameters_of(self, site: str, *batch: Tensor, **earlier: Tensor) -> Tensor:
+    def parameters_of(self, site: str, /, *batch: Tensor, **earlier: Tensor) -> Tensor:
         """Return the rows' own numbers."""
         table = self.row_parameters[key(site)]
         current = current_minibatch(self.plate)
@@ -97,6 +98,9 @@ class Local(SiteGuide):
     ) -> Local:
         """Return a guide for new rows, fitted to them; model and shared parameters stay fixed.
 
+        It starts afresh, but for a guide made by `Amortized.local` and as many rows, whose start
+        it keeps.
+
         Arguments:
             batch: The new rows.
             steps: Optimisation steps.
@@ -107,6 +111,8 @@ class Local(SiteGuide):
         model = self._model[0]
         batch = as_batch(batch, model)
         new = self._like_me(self, len(batch[0]))
+        if self._started and self.rows == new.rows:
+            new.row_parameters.load_state_dict(self.row_parameters.state_dict())
         schedule = partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=steps)
         options = {"schedule": schedule, "batch_size": len(batch[0])} | options
         fit(model, new, batch, steps=steps, lr=lr, seed=seed, fixed_model=True, **options)
@@ -119,6 +125,7 @@ class Local(SiteGuide):
         What the rows share, global latents and the networks of a flow, is copied and stays fixed.
         """
         new = cls._like_me(guide, len(batch[0]))
+        new._started = True
         draws: dict[str, Tensor] = {}
         with torch.no_grad():
             for name in guide.local_sites():

@@ -89,6 +89,8 @@ def compare(
     for name in names:
         make = lookup("guide", name, GUIDES)
         factories[name] = lambda program, make=make: make(program, rows)
+    if out is not None and out.exists() and not out.is_dir():
+        raise ValueError(f"--out must name a folder, but '{out}' is a file.")
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
     typer.echo(f"{model} on {_describe(dataset)}: {', '.join(names)}", err=True)

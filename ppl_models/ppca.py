@@ -8,16 +8,16 @@ import pyro
 import pyro.distributions as dist
 import torch
 from jaxtyping import Float
-from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from ppl_models.core.batch import as_batch
-from ppl_models.core.random import unique_name
+from ppl_models.core.module import NamedModule
+from ppl_models.core.random import seeded
 from ppl_models.core.types import Distribution
 from ppl_models.parts.rows import plate_size
 
 
-class PPCA(PyroModule):
+class PPCA(NamedModule):
     r"""Probabilistic principal component analysis.
 
     .. math::
@@ -48,7 +48,7 @@ class PPCA(PyroModule):
     explicit = True  # p(x) has a density
 
     def __init__(self, data_dim: int, latent_dim: int, *, noise_scale: float = 1.0) -> None:
-        super().__init__(unique_name("ppca"))
+        super().__init__()
         if not 1 <= latent_dim <= data_dim:
             raise ValueError(f"PPCA: latent_dim must be in [1, {data_dim}], got {latent_dim}.")
         if not noise_scale > 0:
@@ -134,8 +134,8 @@ class PPCA(PyroModule):
                 f"PPCA: the data vary in {latent_dim} dimensions or fewer, so no variance is left "
                 "for the noise and the likelihood has no maximum. Use a smaller latent_dim."
             )
-        model = cls(data_dim, latent_dim).to(x)
-        with torch.no_grad():
+        with seeded(0), torch.no_grad():
+            model = cls(data_dim, latent_dim).to(x)
             model.loc.copy_(loc)
             model.log_noise_scale.copy_(variance.log() / 2)
             model.loading.copy_(vectors[:, :latent_dim] * (values[:latent_dim] - variance).sqrt())

@@ -9,17 +9,16 @@ import pyro
 import pyro.distributions as dist
 import torch
 from jaxtyping import Float
-from pyro.nn import PyroModule
 from torch import Tensor, nn
 
-from ppl_models.core.random import unique_name
+from ppl_models.core.module import NamedModule
 from ppl_models.core.types import Distribution
 from ppl_models.parts.likelihoods import Bernoulli, Likelihood
 from ppl_models.parts.nn import Network, mlp
 from ppl_models.parts.rows import plate_size
 
 
-class VAE(PyroModule):
+class VAE(NamedModule):
     r"""The generative half of a variational autoencoder.
 
     .. math::
@@ -63,7 +62,7 @@ class VAE(PyroModule):
         likelihood: Likelihood | None = None,
         decoder: nn.Module | None = None,
     ) -> None:
-        super().__init__(unique_name("vae"))
+        super().__init__()
         shape = (data_dim,) if isinstance(data_dim, int) else tuple(data_dim)
         if not shape or min(*shape, latent_dim, *hidden, 1) < 1:
             raise ValueError(

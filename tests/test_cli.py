@@ -138,7 +138,7 @@ def test_a_folder_that_cannot_be_made_is_told_in_one_line(fails, tmp_path) -> No
     (tmp_path / "file").write_text("")
     lines = fails("compare", "vae", "--epochs", "1", "--out", str(tmp_path / "file"))
     assert len(lines) == 1
-    assert lines[0].startswith("ppl-models: [Errno")
+    assert lines[0].startswith("ppl-models: --out must name a folder")
 
 
 def test_options_out_of_range_are_refused_before_anything_runs(fails) -> None:

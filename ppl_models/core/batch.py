@@ -98,6 +98,23 @@ def check_model(model: Callable[..., Any], batch: Batch, *, plate: str, rows: in
     return table
 
 
+def check_programs(caller: str, model: Any, guide: Any = None) -> None:
+    """Refuse a model or a guide that is no callable, or a class in place of an instance.
+
+    Raises:
+        ValueError: Saying which, and what came.
+    """
+    for role, program in (("model", model), ("guide", guide)):
+        if role == "guide" and guide is None and caller == "sample":
+            continue
+        if isinstance(program, type) or not callable(program):
+            what = f"the class {program.__name__}" if isinstance(program, type) else repr(program)
+            raise ValueError(
+                f"{caller}: {role} must be a Pyro {role}, a function or an instance of a module, "
+                f"got {what}."
+            )
+
+
 def parameter_like(*programs: Any) -> Tensor | None:
     """Return the first floating parameter or buffer of the programs, if there is one."""
     for program in programs:
@@ -128,6 +145,11 @@ def check_device(device: torch.device | str | None) -> torch.device | None:
             f"{torch.cuda.device_count()} CUDA devices here. Use device='cpu', or install a torch "
             "built for CUDA."
         )
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"device: '{device}' cannot be used here: {reason}") from error
     return device
 
 
@@ -150,6 +172,8 @@ def moved(device: torch.device | None, *programs: Any) -> Iterator[None]:
 
 
 def _arguments(data: Any) -> tuple[Any, ...]:
+    if isinstance(data, tuple) and len(data) == 1 and not isinstance(data[0], Tensor):
+        data = data[0]  # elbo(model, guide, dataset) takes what fit(model, guide, dataset) takes
     if isinstance(data, torch.utils.data.Dataset):
         rows = [data[i] for i in range(len(data))]  # pyright: ignore[reportArgumentType]
         if not rows:
@@ -169,9 +193,9 @@ def _arguments(data: Any) -> tuple[Any, ...]:
                 "data: every item of the Dataset must be a row of numbers, or a tuple of them, of "
                 f"the same shapes throughout, got {', '.join(map(str, list(kinds)[:3]))}."
             ) from error
-    if isinstance(data, tuple | list):
-        return tuple(data)
-    return (data,)
+    if isinstance(data, list) and not all(isinstance(v, Tensor | np.ndarray) for v in data):
+        return (data,)  # a list of rows, not of arguments
+    return tuple(data) if isinstance(data, tuple | list) else (data,)
 
 
 def _tensor(
@@ -185,7 +209,8 @@ def _tensor(
                 f"data: argument '{name}' must hold numbers, got {type(value).__name__} of dtype "
                 f"{array.dtype}. Encode categories as numbers first."
             )
-        value = torch.as_tensor(array)
+        # A copy in native byte order: torch takes no negative strides and warns of read-only data.
+        value = torch.from_numpy(np.array(array, dtype=array.dtype.newbyteorder("="), order="C"))
         dtype = dtype or torch.get_default_dtype()
     if value.ndim == 0 or len(value) == 0:
         raise ValueError(
@@ -223,7 +248,15 @@ def _check_observed(site: Site, value: Tensor, what: str) -> None:
             f"{what}: {describe_fn(site)} needs floating point values, got {value.dtype}. "
             "Convert with x.float()."
         )
+    if value.shape != site.value.shape and not _same_everywhere(support):
+        value = site.value  # each row has a support of its own, and those of others are not at hand
+    masked = site.mask is not None and site.mask is not True
+    if masked:
+        value = site.value  # the mask is at hand for these rows only
     inside = support.check(value)
+    if masked:
+        counts = torch.as_tensor(site.mask, device=inside.device)
+        inside = inside | ~counts.expand_as(inside)
     if not bool(inside.all()):
         share = 1.0 - inside.double().mean().item()
         low, high = value.min().item(), value.max().item()
@@ -237,6 +270,11 @@ def _check_observed(site: Site, value: Tensor, what: str) -> None:
             f"{what}: {describe_fn(site)} has support '{describe(support)}', but {share:.2%} of "
             f"the values are outside it (they range from {low:.4g} to {high:.4g}).{hint}"
         )
+
+
+def _same_everywhere(support: constraints.Constraint) -> bool:
+    base, _ = base_support(support)
+    return not any(isinstance(bound, Tensor) and bound.ndim for bound in vars(base).values())
 
 
 def describe_fn(site: Site) -> str:

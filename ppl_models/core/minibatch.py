@@ -11,6 +11,8 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import effectful
 from torch import Tensor
 
+from ppl_models.core.checks import check_count
+
 
 class minibatch(Messenger):
     r"""Declare that the batch is a part of the data set: rows `index` of `size`.
@@ -63,8 +65,12 @@ class minibatch(Messenger):
             )
         if index.is_floating_point() or index.dtype == torch.bool:
             raise ValueError(f"minibatch: index must hold integers, got {index.dtype}.")
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise ValueError(f"minibatch: size must be an integer >= 1, got {size!r}.")
+        check_count("minibatch", "size", size)
+        if index.device.type == "cpu" and not (index.min() >= 0 and index.max() < size):
+            raise ValueError(
+                f"minibatch: index must name rows 0 to {size - 1}, got {int(index.min())} to "
+                f"{int(index.max())}."
+            )
         if isinstance(scale, Tensor) and scale.ndim and scale.shape != index.shape:
             raise ValueError(
                 f"minibatch: scale must be a number or have one number a row, shape "

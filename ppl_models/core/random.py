@@ -6,7 +6,9 @@ import itertools
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from numbers import Integral
 
+import numpy as np
 import torch
 
 _counters: defaultdict[str, Iterator[int]] = defaultdict(itertools.count)
@@ -19,6 +21,11 @@ def unique_name(prefix: str) -> str:
     would share parameters, and the second would silently stop learning.
     """
     return f"{prefix}_{next(_counters[prefix])}"
+
+
+def stream(seed: int, *keys: int) -> int:
+    """Return the seed of one of many independent streams that belong to a seed."""
+    return int(np.random.SeedSequence((seed, *keys)).generate_state(1)[0])
 
 
 @contextmanager
@@ -35,8 +42,10 @@ def seeded(seed: int | None) -> Iterator[None]:
     if seed is None:
         yield
         return
-    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-        raise ValueError(f"seed must be None or an integer >= 0, got {seed!r}.")
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    if isinstance(seed, bool) or not isinstance(seed, Integral) or not 0 <= seed < 2**63:
+        raise ValueError(f"seed must be None or an integer from 0 to 2**63 - 1, got {seed!r}.")
+    # A fork of a GPU's stream opens that GPU: not for work on the CPU.
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(int(seed))
         yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import constraints
 
+from ppl_models.core.modes import evaluating
 from ppl_models.core.random import seeded
 from ppl_models.core.store import own_parameters, scratch_store
 from ppl_models.core.table import text_table
@@ -30,6 +32,7 @@ class Site:
         name: Its name.
         fn: Its distribution, as traced.
         value: Its value, as traced.
+        mask: Which elements count, as `poutine.mask` says; None for all.
         observed: Whether it is conditioned on.
         enumerated: Whether the model marks it to be summed out.
         plates: Frame of each plate around it, with `name`, `dim` (None for a sequential plate),
@@ -40,6 +43,7 @@ class Site:
     name: str
     fn: Distribution
     value: Tensor
+    mask: Tensor | bool | None
     observed: bool
     enumerated: bool
     plates: tuple[CondIndepStackFrame, ...]
@@ -172,7 +176,9 @@ class SiteTable:
         return text_table(head, rows)
 
 
-def site_table(model: Callable[..., Any], *batch: Tensor, plate: str = "data") -> SiteTable:
+def site_table(
+    model: Callable[..., Any], *batch: Tensor, plate: str = "data", seed: int = 0
+) -> SiteTable:
     """Trace a model once, out of reach of handlers outside, and tabulate its sites.
 
     Neither the global random state nor the parameters of a module change.
@@ -181,6 +187,7 @@ def site_table(model: Callable[..., Any], *batch: Tensor, plate: str = "data") -
         model: Any Pyro model.
         batch: Its arguments; what the model then does not observe is latent.
         plate: Name of the plate over rows.
+        seed: Of the draws.
 
     Example:
         >>> from ppl_models import PPCA
@@ -190,7 +197,7 @@ def site_table(model: Callable[..., Any], *batch: Tensor, plate: str = "data") -
         z     local latent  data    (7,)   (2,)   real vector
         x     observed      data    (7,)   (5,)   real vector
     """
-    with poutine.block(), scratch_store(), own_parameters(model), seeded(0), torch.no_grad():
+    with poutine.block(), scratch_store(), own_parameters(model), seeded(seed), evaluating(model):
         trace = poutine.trace(model).get_trace(*batch)
     return table_of(trace, plate)
 
@@ -231,7 +238,7 @@ def example_batch(model: Callable[..., Any], example: Any = None, size: int = 2)
             f"{describe_program(model)} cannot draw a batch by itself, because it takes no `size=`."
             " Pass one: example=(x[:2],), or example=(x[:2], y[:2]) for two arguments."
         )
-    with poutine.block(), scratch_store(), own_parameters(model), seeded(0), torch.no_grad():
+    with poutine.block(), scratch_store(), own_parameters(model), seeded(0), evaluating(model):
         batch = model(size=size)
     return tuple(batch) if isinstance(batch, tuple | list) else (batch,)
 
@@ -287,6 +294,36 @@ def _signature(program: Any) -> inspect.Signature:
     return inspect.signature(program)
 
 
+def value_support(site: Site) -> constraints.Constraint:
+    """Return the support of one value of a site, without its plates.
+
+    Raises:
+        ValueError: If bounds differ between the elements of a plate.
+    """
+    base, dims = base_support(site.support)
+    bounds = {name: b for name, b in vars(base).items() if isinstance(b, Tensor)}
+    if not bounds:
+        return site.support
+    own = copy.copy(base)
+    for name, bound in bounds.items():
+        rows = bound.expand(site.fn.shape()).reshape(-1, *site.event_shape)
+        if (rows != rows[0]).any():
+            raise ValueError(moving_support(site))
+        first = rows[0].flatten()
+        same = first.numel() > 0 and bool((first == first[0]).all())
+        setattr(own, name, first[0].item() if same else rows[0])
+    return constraints.independent(own, dims) if dims else own
+
+
+def moving_support(site: Site) -> str:
+    """Say what to do about bounds that are not constant."""
+    return (
+        f"site '{site.name}' has a support whose bounds depend on data, on a parameter or on "
+        "another latent, and a family has one support. Sample it on a fixed support, and transform "
+        "it in the model: u ~ Uniform(0, 1), then pyro.deterministic(..., low + (high - low) * u)."
+    )
+
+
 def _extreme(bound: Any, choose: Callable[..., Any]) -> float:
     return choose(bound.flatten().tolist()) if isinstance(bound, Tensor) else bound
 
@@ -304,6 +341,7 @@ def _site(name: str, node: Any, plate: str) -> Site:
         name=name,
         fn=node["fn"],
         value=node["value"],
+        mask=node["mask"],
         observed=node["is_observed"],
         enumerated=not node["is_observed"] and node["infer"].get("enumerate") is not None,
         plates=tuple(frames),

@@ -11,8 +11,9 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.poutine.trace_struct import Trace
-from torch import Tensor, nn
+from torch import Tensor
 
+from ppl_models.core.modes import evaluation_mode
 from ppl_models.core.sites import (
     SiteTable,
     describe_program,
@@ -63,9 +64,9 @@ def run_pair(
         if particles is not None
         else nullcontext
     )
-    with plate():
+    with plain_errors(), plate():
         guide_trace = poutine.trace(guide).get_trace(*batch)
-    with plate():
+    with plain_errors(), plate():
         model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*batch)
     check_sites(model, model_trace, guide_trace)
     return Pair(model_trace, guide_trace, particles)
@@ -118,37 +119,17 @@ def vectorizes(
     particles: so two particles are drawn at once, and each is scored again by itself.
     """
     try:
-        pair = run_pair(model, guide, *batch, particles=2, dim=dim)
-        both = _site_sums(pair)
-        for particle in range(2):
-            alone = _site_sums(_replay_one(model, guide, *batch, pair=pair, particle=particle))
-            for name, value in alone.items():
-                if not torch.allclose(both[name][particle], value[0], rtol=1e-3, atol=1e-4):
-                    return False
+        with evaluation_mode(model, guide):
+            pair = run_pair(model, guide, *batch, particles=2, dim=dim)
+            both = _site_sums(pair)
+            for particle in range(2):
+                one = _replay_one(model, guide, *batch, pair=pair, particle=particle)
+                for name, value in _site_sums(one).items():
+                    if not torch.allclose(both[name][particle], value[0], rtol=1e-3, atol=1e-4):
+                        return False
     except Exception:  # noqa: BLE001 - whatever user code raises on shapes it was not written for
         return False
     return True
-
-
-@contextmanager
-def evaluating(*programs: Any) -> Iterator[None]:
-    """Run a block without gradients and with modules in evaluation mode."""
-    with evaluation_mode(*programs), torch.no_grad():
-        yield
-
-
-@contextmanager
-def evaluation_mode(*programs: Any) -> Iterator[None]:
-    """Run a block with modules in evaluation mode, then put their modes back."""
-    modules = [m for p in programs if isinstance(p, nn.Module) for m in p.modules()]
-    training = [module.training for module in modules]
-    for module in modules:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module, mode in zip(modules, training, strict=True):
-            module.training = mode
 
 
 def _replay_one(
@@ -203,22 +184,27 @@ def check_sites(
     """Check that a guide samples the latents of a model, less those that are summed out.
 
     Raises:
-        ValueError: If the guide misses a latent, samples an observed or an unknown site.
+        ValueError: If the guide misses a latent, samples an observed or an unknown site, or gives a
+            latent another shape or other plates than the model does.
     """
     latents, observed = set(), set()
     model_nodes = dict(stochastic_nodes(model_trace))
     for name, node in model_nodes.items():
         (observed if node["is_observed"] else latents).add(name)
     sampled = set()
-    for name, node in stochastic_nodes(guide_trace):
+    guide_nodes = dict(stochastic_nodes(guide_trace))
+    for name, node in guide_nodes.items():
         if not node["is_observed"] and not node["infer"].get("is_auxiliary", False):
             sampled.add(name)
     if enumerates:
         marked = {n for n in latents if model_nodes[n]["infer"].get("enumerate") is not None}
         latents -= marked - sampled
-    if latents == sampled:
+    twice = sorted(set(guide_nodes) & observed)
+    if latents == sampled and not twice:
+        for name in sorted(sampled):
+            _check_site(name, model_nodes[name], guide_nodes[name], enumerates=enumerates)
         return
-    if twice := sorted(sampled & observed):
+    if twice:
         raise ValueError(
             f"guide: it samples {twice}, which the model observes. A guide samples latents only: "
             f"{sorted(latents)}."
@@ -226,7 +212,8 @@ def check_sites(
     if missing := sorted(latents - sampled):
         marked = [name for name in missing if model_nodes[name]["infer"].get("enumerate")]
         hint = (
-            f" {marked} are marked for enumeration: use objective=pyro.infer.TraceEnum_ELBO()."
+            f" {marked} are marked for enumeration, which `sample` and "
+            "`fit(..., objective=pyro.infer.TraceEnum_ELBO())` do; elsewhere let the guide sample them."
             if marked
             else " Add `pyro.sample` statements with those names to the guide."
         )
@@ -239,3 +226,44 @@ def check_sites(
         f"have; its latents are {sorted(latents)}. Mark helper variables with "
         "infer={'is_auxiliary': True}."
     )
+
+
+def _check_site(name: str, p: Any, q: Any, *, enumerates: bool) -> None:
+    """Check that model and guide speak of the same latent: a broadcast would hide that they do not."""
+    plates = [
+        sorted(f.name for f in node["cond_indep_stack"] if f.name != PARTICLES) for node in (p, q)
+    ]
+    if plates[0] != plates[1]:
+        raise ValueError(
+            f"guide: site '{name}' must be in the plates {plates[0]}, as in the model, but it is in "
+            f"{plates[1]}. Minibatches scale what is inside plate 'data': write the model's plates "
+            "around the site."
+        )
+    want, got = p["fn"], q["fn"]
+    same = want.event_shape == got.event_shape
+    if same and not enumerates:
+        # Under a replay the model's site is not expanded to its plates; the guide's is.
+        both = [want.batch_shape, got.batch_shape]
+        same = all(
+            m in (1, n) for m, n in zip(reversed(both[0]), reversed(both[1]), strict=False)
+        ) and len(both[0]) <= len(both[1])
+    if not same:
+        raise ValueError(
+            f"guide: site '{name}' must have event shape {tuple(want.event_shape)} and batch shape "
+            f"{tuple(want.batch_shape)}, as in the model, got event {tuple(got.event_shape)} and "
+            f"batch {tuple(got.batch_shape)}. Was the guide made for another model?"
+        )
+
+
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """Raise the library's own errors as they are: Pyro hangs a table of shapes on them."""
+    try:
+        yield
+    except ValueError as error:
+        cause: BaseException | None = error
+        while isinstance(cause.__cause__, ValueError) and "Trace Shapes:" in str(cause):
+            cause = cause.__cause__
+        if cause is error:
+            raise
+        raise cause from None

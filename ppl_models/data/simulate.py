@@ -12,10 +12,10 @@ from pyro import poutine
 from torch import Tensor
 
 from ppl_models.core.checks import check_count
+from ppl_models.core.modes import evaluating
 from ppl_models.core.random import seeded
 from ppl_models.core.sites import accepts_size, describe_program, stochastic_nodes
 from ppl_models.core.store import own_parameters
-from ppl_models.core.traces import evaluating
 from ppl_models.core.types import Batch
 
 

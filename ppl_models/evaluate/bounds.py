@@ -15,17 +15,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ppl_models.core.batch import as_batch, check_model
+from ppl_models.core.batch import as_batch, check_model, check_programs
 from ppl_models.core.checks import check_count
 from ppl_models.core.minibatch import minibatch
+from ppl_models.core.modes import evaluating
 from ppl_models.core.random import seeded
 from ppl_models.core.sites import SiteTable, describe_program, table_of
-from ppl_models.core.store import own_parameters
-from ppl_models.core.traces import evaluating, log_weights, run_pair, vectorizes
+from ppl_models.core.store import own_parameters, unchanged_on_error
+from ppl_models.core.traces import log_weights, run_pair, vectorizes
 from ppl_models.core.types import Batch
 from ppl_models.evaluate.estimate import Estimate
 
 ELEMENTS = 2**21  # values of all sites that one chunk may hold: a few hundred MiB with activations
+PROBE = 128  # rows that the programs are looked at with
 GROUPS = 100  # of particles, each left out once by the jackknife
 
 
@@ -257,6 +259,7 @@ class _Weights:
     guide: Callable[..., Any]
     batch: Batch
     table: SiteTable
+    seen: int  # rows that the programs were looked at with: all of them, if they take no fewer
     outside: list[str]  # sites outside the plate over rows
     subsampled: bool  # whether that plate draws its rows by itself
     dim: int | None  # of the plate over particles, None to run them one by one
@@ -286,7 +289,7 @@ class _Weights:
 
     def row_chunks(self) -> Iterator[range]:
         size = len(self.batch[0])
-        step = max(1, ELEMENTS // self._width())
+        step = max(1, ELEMENTS // self._width()) if self.seen <= PROBE else size
         for start in range(0, size, step):
             yield range(start, min(start + step, size))
 
@@ -351,24 +354,48 @@ def _weights(
 ) -> Iterator[_Weights]:
     """Check everything that can be checked, and take the decisions, before the first draw."""
     check_count("evaluate", "particles", particles)
+    check_programs("evaluate", model, guide)
     batch = as_batch(data, model, guide)
+    size = len(batch[0]) if batch else 1
     with own_parameters(model, guide), seeded(seed), evaluating(model, guide):
-        size = len(batch[0]) if batch else 1
-        table = check_model(model, batch, plate=plate, rows=size)
-        with seeded(0):
-            pair = run_pair(model, guide, *batch)
-            guided = table_of(pair.guide, plate)
-            dim = -1 - max(table.plate_dims, guided.plate_dims)
-            carried = particles > 1 and vectorizes(model, guide, *batch, dim=dim)
-        sites = [*table, *guided]
-        outside = list(dict.fromkeys(site.name for site in sites if site.data_dim is None))
-        yield _Weights(
-            model=model,
-            guide=guide,
-            batch=batch,
-            table=table,
-            outside=outside,
-            subsampled=table.subsamples_itself,
-            dim=dim if carried else None,
-            plate=plate,
-        )
+        try:
+            weights = _inspect(model, guide, batch, particles, plate, rows=min(size, PROBE))
+        except Exception:  # programs that take all rows or none, as Pyro's own guides do
+            if size <= PROBE:
+                raise
+            weights = _inspect(model, guide, batch, particles, plate, rows=size)
+        yield weights
+
+
+def _inspect(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    batch: Batch,
+    particles: int,
+    plate: str,
+    *,
+    rows: int,
+) -> _Weights:
+    """Look at the programs on the first rows, which says what is to be known of all."""
+    size = len(batch[0]) if batch else 1
+    part = tuple(value[:rows] for value in batch)
+    table = check_model(model, batch, plate=plate, rows=rows)
+    index = torch.arange(rows)
+    scope = minibatch(index, size, plate=plate, scale=1.0) if rows < size else nullcontext()
+    with unchanged_on_error(), seeded(0), scope:
+        pair = run_pair(model, guide, *part)
+        guided = table_of(pair.guide, plate)
+        dim = -1 - max(table.plate_dims, guided.plate_dims)
+        carried = particles > 1 and vectorizes(model, guide, *part, dim=dim)
+    sites = [*table, *guided]
+    return _Weights(
+        model=model,
+        guide=guide,
+        batch=batch,
+        table=table,
+        seen=rows,
+        outside=list(dict.fromkeys(site.name for site in sites if site.data_dim is None)),
+        subsampled=table.subsamples_itself,
+        dim=dim if carried else None,
+        plate=plate,
+    )

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from ppl_models.core.batch import as_batch, check_device, check_model
 from ppl_models.core.checks import check_count
-from ppl_models.core.random import seeded
-from ppl_models.core.sites import SiteTable
+from ppl_models.core.modes import evaluating
+from ppl_models.core.random import seeded, stream
+from ppl_models.core.sites import SiteTable, describe_program
 from ppl_models.core.store import own_parameters, scratch_store
-from ppl_models.core.traces import evaluating
 from ppl_models.core.types import Batch, Refinable
 from ppl_models.evaluate.bounds import elbo, log_evidence
 from ppl_models.evaluate.latent import active_units
@@ -92,18 +92,18 @@ def compare(
     """
     if not guides:
         raise ValueError("compare: guides must name at least one guide, such as {'a': Amortized}.")
-    place = check_device(device)
+    check_device(device)
     settings = {"lr": lr, "steps": steps, "epochs": epochs, "batch_size": batch_size}
     training = {k: v for k, v in settings.items() if v is not None} | options
-    rows, rows_test = (as_batch(d, model, device=place) for d in (data, test))
-    check_count("compare", "particles", particles)
+    rows, rows_test = (as_batch(d, model) for d in (data, test))
+    check_count("compare", "particles", particles, least=2)
     check_count("compare", "reference_rows", reference_rows)
     check_model(model, rows_test, plate=plate, rows=_rows(rows_test))
     entries = []
     for name, make in guides.items():
         with _fresh(model, make, rows_test) as (own, mine):
             with seeded(seed):
-                guide = mine if isinstance(mine, nn.Module) else mine(own)
+                guide = mine if isinstance(mine, nn.Module) else _made(name, mine, own)
             result = fit(
                 own,
                 guide,
@@ -143,6 +143,30 @@ def compare(
     return Scorecard(tuple(entries), same, tuple(_notes(entries, beside)))
 
 
+def _made(name: str, make: Callable[..., Any], model: Callable[..., Any]) -> Any:
+    """Call a factory, and see that what it made is a guide for this copy of the model."""
+    try:
+        guide = make(model)
+    except TypeError as error:
+        raise ValueError(
+            f"compare: guides['{name}'] must be a factory, called with the model, or a guide that "
+            f"is a module, but {describe_program(make)}(model) said: {error}. For a guide that is "
+            "a function write `lambda model: guide`."
+        ) from error
+    if not callable(guide):
+        raise ValueError(
+            f"compare: guides['{name}'] must return a guide when called with the model, got "
+            f"{guide!r}. For a guide that is a function write `lambda model: guide`."
+        )
+    known = getattr(guide, "_model", [model])
+    if isinstance(model, nn.Module) and known[0] is not model:
+        raise ValueError(
+            f"compare: guides['{name}'] made a guide for another model than the one it was called "
+            "with. Each guide is trained with its own copy: write `lambda model: Local(model, ...)`."
+        )
+    return guide
+
+
 def _score(
     name: str,
     model: Callable[..., Any],
@@ -158,8 +182,6 @@ def _score(
     **sampling: Any,
 ) -> Entry:
     guide: Any = result.guide
-    trained = guide.parameters() if isinstance(guide, nn.Module) else []
-    parameters = sum(value.numel() for value in trained if value.requires_grad)
     table = check_model(model, test, plate=plate, rows=_rows(test))
     start = time.perf_counter()
     on_test: Any = guide
@@ -168,10 +190,14 @@ def _score(
         refined = True
         label = _label(f"{name}: test rows", progress)
         on_test = guide.refine(*test, seed=seed, progress=label)
-    units = active_units(model, on_test, *test, seed=seed, plate=plate) if table.locals else (0, 0)
+    else:
+        with own_parameters(model, guide), seeded(seed), evaluating(model, guide):
+            guide(*test)
     seconds = time.perf_counter() - start
-    options = {"seed": seed, "plate": plate}
+    units = active_units(model, on_test, *test, seed=seed, plate=plate) if table.locals else (0, 0)
+    options: dict[str, Any] = {"seed": seed, "plate": plate}
     bound = elbo(model, on_test, *test, particles=max(2, particles // 10), **options)
+    options["seed"] = stream(seed, 1)  # independent of the bound: their errors add up in the gap
     evidence = None
     if bound.rows is not None:
         evidence = log_evidence(model, on_test, *test, particles=particles, **options)
@@ -197,7 +223,7 @@ def _score(
         elbo=bound,
         evidence=evidence,
         active=units,
-        parameters=parameters,
+        parameters=result.parameters,
         test_seconds=seconds,
         refined=refined,
         reference=beside,
@@ -304,7 +330,7 @@ def _notes(entries: list[Entry], rows: int | None) -> list[str]:
     for entry in entries:
         if entry.evidence is not None and -entry.evidence.bias > max(0.05, 3 * entry.evidence.se):
             notes.append(
-                f"log p(x) under {entry.name} is low by about {-entry.evidence.bias:.2f} nats: few "
+                f"log p(x) under {entry.name} is low by at least {-entry.evidence.bias:.2f} nats: few "
                 "particles carry the weight. Raise particles."
             )
     return notes

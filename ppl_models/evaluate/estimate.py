@@ -32,5 +32,7 @@ class Estimate:
     rows_bias: Tensor | None = field(default=None, repr=False)
 
     def __str__(self) -> str:
-        error = "" if math.isnan(self.se) else f" +- {self.se:.3f}"
-        return f"{self.mean:.3f}{error} nats/row"
+        if not self.se > 0.0:  # unknown, or none
+            return f"{self.mean:.3f} nats/row"
+        digits = min(8, max(2, 1 - math.floor(math.log10(self.se))))  # two of them significant
+        return f"{self.mean:.{digits}f} +- {self.se:.{digits}f} nats/row"

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from ppl_models.core.batch import as_batch, check_model
 from ppl_models.core.checks import check_count
-from ppl_models.core.random import seeded
+from ppl_models.core.modes import evaluating
+from ppl_models.core.random import seeded, stream
 from ppl_models.core.sites import SiteTable, accepts_size, describe_program, stochastic_nodes
 from ppl_models.core.store import own_parameters
-from ppl_models.core.traces import evaluating, run_pair
+from ppl_models.core.traces import run_pair
 from ppl_models.core.types import Distribution
 
 ACTIVE = 0.01  # a unit is active if its posterior mean varies more than this over rows
@@ -119,18 +120,27 @@ def active_units(
     Source:
         Burda, Grosse & Salakhutdinov (2016), section 5.2. https://arxiv.org/abs/1509.00519
     """
-    means = encode(model, guide, *batch, seed=seed, plate=plate)
-    table = check_model(model, as_batch(batch, model), plate=plate, rows=len(batch[0]))
-    spread = [
-        value.movedim((table[name].data_dim or 0) - _events(table, name, value), 0)
-        .flatten(1)
-        .var(0, correction=min(1, len(batch[0]) - 1))
-        if value.ndim > 1
-        else value.var(0, correction=min(1, len(batch[0]) - 1), keepdim=True)
-        for name, value in means.items()
+    if seed is None:
+        seed = int(torch.randint(2**31, ()))
+    halves = [
+        encode(model, guide, *batch, draws=50, seed=stream(seed, half), plate=plate)
+        for half in (0, 1)
     ]
-    units = torch.cat(spread)
-    return int((units > ACTIVE).sum()), len(units)
+    table = check_model(model, as_batch(batch, model), plate=plate, rows=len(batch[0]))
+    units = []
+    for name in halves[0]:
+        # The covariance of two estimates of the mean: their noise is independent and drops out.
+        one, other = (_by_unit(table, name, half[name]) for half in halves)
+        spread = (one - one.mean(0)) * (other - other.mean(0))
+        units.append(spread.sum(0) / max(1, len(one) - 1))
+    found = torch.cat(units)
+    return int((found > ACTIVE).sum()), len(found)
+
+
+def _by_unit(table: SiteTable, name: str, value: Tensor) -> Tensor:
+    """Lay out means row by row: (*plates, *event) to (N, units)."""
+    rows = (table[name].data_dim or 0) - _events(table, name, value)
+    return value.movedim(rows, 0).reshape(value.shape[rows], -1)
 
 
 def _events(table: SiteTable, name: str, value: Tensor) -> int:

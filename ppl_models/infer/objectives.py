@@ -7,12 +7,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from pyro.distributions import Delta, MaskedDistribution
 from pyro.distributions.util import is_identically_zero, scale_and_mask
 from pyro.infer.util import MultiFrameTensor
 from torch import Tensor
 from torch.distributions import kl_divergence
 
 from ppl_models.core.checks import check_count
+from ppl_models.core.modes import evaluation_mode
 from ppl_models.core.sites import stochastic_nodes
 from ppl_models.core.traces import Pair, joint_table, run_pair, vectorizes
 
@@ -73,7 +75,8 @@ class ELBO:
         Raises:
             ValueError: If particles are vectorised and the programs do not carry them.
         """
-        _, dims = joint_table(model, guide, *batch)
+        with evaluation_mode(model, guide):
+            _, dims = joint_table(model, guide, *batch)
         if self.particles > 1 and self.vectorized:
             with torch.no_grad():
                 carried = vectorizes(model, guide, *batch, dim=-1 - dims)
@@ -109,6 +112,13 @@ class ELBO:
         if dims is None:
             _, dims = joint_table(model, guide, *batch)
         yield run_pair(model, guide, *batch, particles=self.particles, dim=-1 - dims)
+
+
+def _is_special(fn: Any) -> bool:
+    """Whether Pyro's KL leaves something out: the log_density of a Delta, or one of two masks."""
+    while hasattr(fn, "base_dist") and not isinstance(fn, MaskedDistribution):
+        fn = fn.base_dist
+    return isinstance(fn, Delta | MaskedDistribution)
 
 
 def _fault(
@@ -177,6 +187,8 @@ def _analytic_divergences(pair: Pair) -> dict[str, Tensor]:
             continue
         if parents <= before[name] and _scaled_alike(q[name], node):
             mine, prior = q[name]["fn"], node["fn"]
+            if _is_special(mine) or _is_special(prior):
+                continue
             if mine.batch_shape != prior.batch_shape:  # a replayed site lacks outer plates
                 prior = prior.expand(torch.broadcast_shapes(mine.batch_shape, prior.batch_shape))
             try:

@@ -13,20 +13,21 @@ from typing import Any
 
 import torch
 from pyro import poutine
-from pyro.infer import Trace_ELBO
+from pyro.infer import RenyiELBO, Trace_ELBO
 from pyro.infer.autoguide import AutoGuide
 from pyro.infer.elbo import ELBO as PyroELBO
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.optim.optimizer import Optimizer
 
-from ppl_models.core.batch import as_batch, check_device, check_model, moved
+from ppl_models.core.batch import as_batch, check_device, check_model, check_programs, moved
 from ppl_models.core.checks import check_count
 from ppl_models.core.minibatch import minibatch
+from ppl_models.core.modes import evaluation_mode
 from ppl_models.core.random import seeded
 from ppl_models.core.sites import SiteTable, describe_program
 from ppl_models.core.store import own_parameters, unchanged_on_error
-from ppl_models.core.traces import check_sites
+from ppl_models.core.traces import check_sites, plain_errors
 from ppl_models.core.types import Batch, Objective
 from ppl_models.infer.objectives import ELBO
 from ppl_models.infer.progress import progress_bar
@@ -46,6 +47,7 @@ class Fit:
         steps: Steps taken.
         epochs: Passes over the data that they make up.
         batch_size: Rows in a step.
+        parameters: Trained numbers of the guide.
         seconds: Time taken, in seconds.
         compiled: How the steps were run.
         interrupted: Whether Ctrl-C or a callback ended it early.
@@ -57,6 +59,7 @@ class Fit:
     steps: int
     epochs: float
     batch_size: int
+    parameters: int
     seconds: float
     compiled: str
     interrupted: bool
@@ -123,22 +126,35 @@ def fit(
         torch.Size([3])
     """
     _check_choices(steps, epochs, batch_size, lr)
+    check_programs("fit", model, guide)
+    if objective is not None and not (callable(objective) or isinstance(objective, PyroELBO)):
+        raise ValueError(
+            f"fit: objective must be a callable such as ELBO() or pyro.infer.Trace_ELBO(), got "
+            f"{objective!r}."
+        )
     place = check_device(device)
     batch = as_batch(data, model, guide, device=place)
     size = len(batch[0]) if batch else 1
-    with moved(place, model, guide), own_parameters(model, guide), seeded(seed):
+    with (
+        moved(place, model, guide),
+        own_parameters(model, guide),
+        seeded(seed),
+        torch.enable_grad(),
+    ):
         rows, table = _choose_rows(model, batch, plate, batch_size)
-        _check_minibatches(table, guide, rows, size)
+        _check_minibatches(table, guide, objective, rows, size)
         part = tuple(value[:rows] for value in batch)
         index = torch.arange(rows)
         objective = ELBO() if objective is None else objective
         scaled = minibatch(index, size, plate=plate) if rows < size else nullcontext()
-        with unchanged_on_error(), scaled:
+        with unchanged_on_error(), scaled, evaluation_mode(model, guide):
             enumerates = isinstance(objective, PyroELBO) and not isinstance(objective, Trace_ELBO)
-            leaves = _leaves(model, guide, part, fixed_model=fixed_model, enumerates=enumerates)
+            leaves, own = _leaves(
+                model, guide, part, fixed_model=fixed_model, enumerates=enumerates
+            )
             if isinstance(objective, ELBO):
                 objective = objective.prepare(model, guide, *part)
-        optimise = (optimizer or partial(torch.optim.Adam, fused=True))(leaves, lr=lr)
+        optimise = _optimiser(optimizer or partial(torch.optim.Adam, fused=True), leaves, lr)
         run = _Run(model, guide, objective, batch, leaves, plate, size)
         in_epoch = -(-size // rows)
         total = epochs * in_epoch if epochs is not None else steps or 1000
@@ -156,12 +172,13 @@ def fit(
                 bound = run.gradients(chosen)
                 _check_finite(bound, leaves, step)
                 optimise.step()
-                if scheduler is not None:
-                    scheduler.step()
                 bounds.append(bound.item())
-                if bar is not None:
-                    speed = step * rows / (time.perf_counter() - start)
-                    bar(step, f"bound {bounds[-1]:.4g} nats/row, {speed:,.0f} rows/s")
+                if isinstance(scheduler, ReduceLROnPlateau):
+                    scheduler.step(-bounds[-1])
+                elif scheduler is not None:
+                    scheduler.step()
+                speed = step * rows / (time.perf_counter() - start)
+                bar(step, f"bound {bounds[-1]:.4g} nats/row, {speed:,.0f} rows/s")
                 for callback in callbacks:
                     if callback(step, bounds[-1]) is True:
                         interrupted.set()
@@ -174,6 +191,7 @@ def fit(
             steps=len(bounds),
             epochs=len(bounds) / in_epoch,
             batch_size=rows,
+            parameters=own,
             seconds=time.perf_counter() - start,
             compiled="eager",
             interrupted=interrupted.is_set(),
@@ -247,9 +265,14 @@ def _leaves(
     *,
     fixed_model: bool,
     enumerates: bool,
-) -> list[Tensor]:
-    """Find the tensors to train: parameters of modules, and whatever `pyro.param` is asked for."""
-    guide_trace = poutine.trace(guide).get_trace(*batch)
+) -> tuple[list[Tensor], int]:
+    """Find what to train: parameters of modules, and whatever `pyro.param` is asked for.
+
+    Returns:
+        The tensors, and how many numbers of them are the guide's.
+    """
+    with plain_errors():
+        guide_trace = poutine.trace(guide).get_trace(*batch)
     replayed = poutine.trace(poutine.replay(model, trace=guide_trace))
     with poutine.trace(param_only=True) as capture:
         check_sites(model, replayed.get_trace(*batch), guide_trace, enumerates=enumerates)
@@ -272,7 +295,8 @@ def _leaves(
             f"{describe_program(guide)} has a parameter with requires_grad=True"
             f"{' of its own (fixed_model=True)' if fixed_model else ''}."
         )
-    return leaves
+    shared = set(of_model) & set(of_guide)
+    return leaves, sum(v.numel() for key, v in of_guide.items() if key not in shared)
 
 
 def _check_choices(
@@ -285,6 +309,23 @@ def _check_choices(
             check_count("fit", name, value)
     if not lr > 0:
         raise ValueError(f"fit: lr must be > 0, got {lr}.")
+
+
+def _optimiser(make: Callable[..., Optimizer], leaves: list[Tensor], lr: float) -> Optimizer:
+    try:
+        made = make(leaves, lr=lr)
+    except TypeError as error:
+        raise ValueError(
+            f"fit: optimizer must make a torch optimiser when called as optimizer(parameters, lr="
+            f"{lr}), but {describe_program(make)} said: {error}. Write torch.optim.SGD, or "
+            "functools.partial(torch.optim.SGD, momentum=0.9)."
+        ) from error
+    if not isinstance(made, Optimizer) or isinstance(made, torch.optim.LBFGS):
+        raise ValueError(
+            f"fit: optimizer must make a torch.optim.Optimizer that steps without a closure, got "
+            f"{type(made).__name__}. Pyro's own wrappers and LBFGS are not of that kind."
+        )
+    return made
 
 
 def _choose_rows(
@@ -304,7 +345,7 @@ def _choose_rows(
     return rows, table
 
 
-def _check_minibatches(table: SiteTable, guide: Any, rows: int, size: int) -> None:
+def _check_minibatches(table: SiteTable, guide: Any, objective: Any, rows: int, size: int) -> None:
     if rows >= size:
         return
     if not table.row_wise:
@@ -318,6 +359,11 @@ def _check_minibatches(table: SiteTable, guide: Any, rows: int, size: int) -> No
             f"fit: plate '{table.plate}' subsamples by itself, so batch_size={rows} of {size} rows "
             "would subsample twice. Leave batch_size out, or write the plain "
             f"`pyro.plate('{table.plate}', len(x))`."
+        )
+    if isinstance(objective, RenyiELBO):
+        raise ValueError(
+            f"fit: RenyiELBO scales inside its logarithm, so with batch_size={rows} of {size} rows "
+            f"it is no bound. Use batch_size={size}, or another objective."
         )
     if isinstance(guide, AutoGuide) and table.locals:
         raise ValueError(

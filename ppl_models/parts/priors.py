@@ -15,7 +15,7 @@ from pyro.poutine.runtime import get_plates
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ppl_models.core.random import unique_name
+from ppl_models.core.module import NamedModule
 from ppl_models.core.types import Distribution
 from ppl_models.parts.nn import Network
 
@@ -48,7 +48,8 @@ def bayesian(module: nn.Module, prior: Prior | Distribution) -> PyroModule:
     Arguments:
         module: A model, or a network to be called inside one (outside its plates). It is copied,
             and left as it is.
-        prior: A distribution that is expanded over each parameter, or a function of the name and
+        prior: A distribution that is expanded over each parameter, such as `Normal(0.0, 1.0)`, in
+            the precision and on the device of the parameter; or a function of the name and
             the value of a parameter that returns a distribution over values of that shape, all of
             it event, or None to leave it a parameter. See `ppl_models.parts.priors.normal`.
 
@@ -69,11 +70,11 @@ def bayesian(module: nn.Module, prior: Prior | Distribution) -> PyroModule:
     return Bayesian(module, prior)
 
 
-class Bayesian(PyroModule):
+class Bayesian(NamedModule):
     """A module whose parameters are latents: see `bayesian`."""
 
     def __init__(self, module: nn.Module, prior: Prior | Distribution) -> None:
-        super().__init__(unique_name("bayesian"))
+        super().__init__()
         copied = copy.deepcopy(module)
         # Inside a plain module the copy keeps a Pyro context of its own, which stays inactive: the
         # sampled values that stand in for its parameters are never registered as parameters.
@@ -105,6 +106,7 @@ class Bayesian(PyroModule):
             delattr(owner, leaf)
             owner.register_buffer(leaf, value)
         self.inner = inner
+        self.explicit = getattr(copied, "explicit", True)
         object.__setattr__(self, "__signature__", inspect.signature(copied.forward))
 
     def forward(self, *batch: Any, **options: Any) -> Any:
@@ -140,7 +142,8 @@ def _as_prior(prior: Any) -> Prior:
 
     def expanded(_: str, value: Tensor) -> Distribution:
         # In the precision and on the device of the parameter, where the arguments are at hand.
-        names = [name for name in prior.arg_constraints if name in vars(prior)]
+        takes = inspect.signature(type(prior)).parameters
+        names = [name for name in prior.arg_constraints if name in takes]
         moved = {name: getattr(prior, name).to(value) for name in names}
         own = type(prior)(**moved) if moved else prior
         return own.expand(value.shape).to_event(value.ndim)

@@ -13,14 +13,8 @@ from torch.testing import assert_close
 
 from guides import Amortized, Exact
 from ppl_models import PPCA, VAE, minibatch
-from ppl_models.core.traces import (
-    evaluating,
-    evaluation_mode,
-    joint_table,
-    log_weights,
-    run_pair,
-    vectorizes,
-)
+from ppl_models.core.modes import evaluating, evaluation_mode
+from ppl_models.core.traces import joint_table, log_weights, run_pair, vectorizes
 
 
 def model(x: Tensor) -> None:

@@ -144,7 +144,8 @@ class Posterior(Mapping[str, Tensor]):
         for name, value in self.items():
             array = value.detach().double().cpu().numpy()
             computed = statistic(array, chain_axis=0, draw_axis=1, **options)
-            result[name] = torch.as_tensor(np.asarray(computed)).reshape(value.shape[2:])
+            found = torch.as_tensor(np.asarray(computed), device=value.device)
+            result[name] = found.reshape(value.shape[2:])
         return result
 
 

@@ -8,17 +8,22 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pyro.infer
 import torch
 from torch import Tensor, nn
 
-from ppl_models.core.batch import as_batch, check_device, check_model, moved
+from ppl_models.core.batch import (
+    as_batch,
+    check_device,
+    check_model,
+    check_programs,
+    moved,
+)
 from ppl_models.core.checks import check_count
-from ppl_models.core.random import seeded
+from ppl_models.core.modes import evaluation_mode
+from ppl_models.core.random import seeded, stream
 from ppl_models.core.sites import SiteTable, describe, describe_program
 from ppl_models.core.store import own_parameters
-from ppl_models.core.traces import evaluation_mode
 from ppl_models.infer.mcmc.posterior import Posterior
 from ppl_models.infer.progress import progress_bar
 
@@ -77,7 +82,8 @@ class NUTS:
         )
         mcmc.run()
         samples = {name: value.detach() for name, value in mcmc.get_samples().items()}
-        found = {name: mcmc.diagnostics()[name]["chain 0"] for name in _DIAGNOSTICS}
+        diagnostics = mcmc.diagnostics()
+        found = {name: diagnostics[name]["chain 0"] for name in _DIAGNOSTICS}
         return samples, len(found["divergences"]), float(found["acceptance rate"])
 
 
@@ -129,6 +135,9 @@ def sample(
     """
     for name, value, least in (("chains", chains, 1), ("draws", draws, 4), ("warmup", warmup, 0)):
         check_count("sample", name, value, least)
+    check_programs("sample", model)
+    if not isinstance(sampler, NUTS | None):
+        raise ValueError(f"sample: sampler must be an instance such as NUTS(), got {sampler!r}.")
     place = check_device(device)
     arguments = as_batch(batch, model, device=place)
     sampler = NUTS() if sampler is None else sampler
@@ -137,6 +146,8 @@ def sample(
         moved(place, model),
         own_parameters(model),
         _frozen(model),
+        _default_dtype(parameter_like(model)),
+        torch.enable_grad(),
         evaluation_mode(model),
         seeded(seed),
     ):
@@ -151,8 +162,7 @@ def sample(
             for chain in range(chains):
                 done = chain * (warmup + draws)
                 # A stream for each chain: chain k does not depend on the number of chains.
-                stream = int(np.random.SeedSequence((base, chain)).generate_state(1)[0])
-                with seeded(stream):
+                with seeded(stream(base, chain)):
                     results.append(
                         sampler.chain(
                             lambda: model(*arguments),
@@ -195,6 +205,18 @@ def _check_latents(model: Callable[..., Any], table: SiteTable, *, rows: bool) -
             f"{[site.name for site in table.globals]} are shared by all rows of {name}. "
             "Use rows=False for the joint posterior."
         )
+
+
+@contextmanager
+def _default_dtype(like: Tensor | None) -> Iterator[None]:
+    """Let Pyro's sampler work in the precision of the model: it takes torch's default."""
+    before = torch.get_default_dtype()
+    if like is not None:
+        torch.set_default_dtype(like.dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 @contextmanager

@@ -232,7 +232,7 @@ def test_the_sampler_takes_a_dense_mass_matrix() -> None:
         ({"draws": 3}, "sample: draws must be an integer >= 4, got 3"),
         ({"warmup": -1}, "sample: warmup must be an integer >= 0, got -1"),
         ({"warmup": 2.0}, "sample: warmup must be an integer >= 0, got 2.0"),
-        ({"seed": "a"}, "seed must be None or an integer >= 0, got 'a'"),
+        ({"seed": "a"}, "seed must be None or an integer from 0 to .*, got 'a'"),
         ({"rows": True, "plate": "people"}, "no site of PPCA is inside plate 'people'"),
         ({"device": "nowhere"}, "device: torch knows no device 'nowhere'"),
         pytest.param(
