@@ -18,6 +18,7 @@ from ppl_models.core.batch import (
     check_model,
     check_programs,
     moved,
+    parameter_like,
 )
 from ppl_models.core.checks import check_count
 from ppl_models.core.modes import evaluation_mode
