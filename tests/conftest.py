@@ -7,7 +7,10 @@ from collections.abc import Iterator
 import pyro
 import pytest
 import torch
+from hypothesis import settings
 
+settings.register_profile("same", derandomize=True, deadline=None)
+settings.load_profile("same")
 torch.set_num_threads(1)  # two test processes share two cores
 
 

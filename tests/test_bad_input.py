@@ -209,9 +209,6 @@ def test_a_bad_dataset_is_refused(rows, said) -> None:
         fit(model, guide, Labelled(rows), steps=1, progress=False)
 
 
-# --- choices ------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -257,9 +254,6 @@ def test_unknown_names_are_told_the_nearest() -> None:
         lookup("model", "vaee", MODELS)
     with pytest.raises(ValueError, match=r"no data set 'didgits'. Did you mean 'digits'\?"):
         load("didgits")
-
-
-# --- guides -------------------------------------------------------------------------------------
 
 
 def misses(x) -> Any:
@@ -332,9 +326,6 @@ def test_a_family_that_cannot_serve_a_site_names_those_that_can(make, family, sa
     model, _ = linear()
     with unchanged(model), pytest.raises(ValueError, match=said):
         make(model, family=family)
-
-
-# --- models without rows ------------------------------------------------------------------------
 
 
 def no_plate(x) -> Any:

@@ -21,7 +21,7 @@ from guides.registry import PAIRS, Pair
 from ppl_models import minibatch
 from ppl_models.core.sites import site_table, stochastic_nodes, table_of
 from ppl_models.core.traces import log_weights, run_pair, vectorizes
-from ppl_models.evaluate import elbo, log_evidence
+from ppl_models.evaluate import compare, elbo, log_evidence
 from ppl_models.infer import ELBO, fit, sample
 
 ROWS = 10
@@ -230,13 +230,6 @@ def test_it_trains_in_single_and_in_double_precision(pair: Pair, dtype: torch.dt
 
 
 @every_pair
-def test_it_runs_where_it_is_told_to(pair: Pair) -> None:
-    model, guide, batch = build(pair)
-    result = fit(model, guide, batch, steps=2, seed=0, device="cpu")
-    assert len(result.bounds) == 2
-
-
-@every_pair
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_it_trains_and_is_scored_on_a_gpu(pair: Pair) -> None:
@@ -244,6 +237,17 @@ def test_it_trains_and_is_scored_on_a_gpu(pair: Pair) -> None:
     fit(model, guide, batch, steps=3, batch_size=4, seed=0, device="cuda")
     assert all(parameter.is_cuda for parameter in [*model.parameters(), *guide.parameters()])
     assert math.isfinite(elbo(model, guide, *batch, particles=5, seed=0).mean)
+    made_there = pair.guide(model, ROWS)
+    assert all(parameter.is_cuda for parameter in made_there.parameters())
+    few = tuple(value[:2] for value in batch)
+    posterior = sample(model, *few, chains=1, draws=4, warmup=2, rows=pair.row_wise, seed=0)
+    assert all(value.is_cuda for value in posterior.values())
+    assert not posterior.summary().empty
+    if pair.row_wise:
+        assert math.isfinite(log_evidence(model, made_there, *batch, particles=5, seed=0).mean)
+    factory = {"guide": lambda own: pair.guide(own, ROWS)}
+    card = compare(pair.model(), factory, batch, batch, steps=2, draws=4, warmup=2, device="cuda")
+    assert math.isfinite(card["guide"].elbo.mean)
 
 
 @every_pair

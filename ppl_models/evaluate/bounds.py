@@ -336,10 +336,8 @@ class _Weights:
 
     def _width(self) -> int:
         """Values that all sites hold for one row."""
-        size = len(self.batch[0]) if self.batch else 1
-        values = sum(
-            math.prod(site.fn.shape()) / (size if site.local else 1) for site in self.table
-        )
+        shapes = [(site.fn.shape(), self.seen if site.local else 1) for site in self.table]
+        values = sum(math.prod(shape) / rows for shape, rows in shapes)
         return max(1, math.ceil(values))
 
 

@@ -324,6 +324,7 @@ def _notes(entries: list[Entry], rows: int | None) -> list[str]:
             f"R-hat up to {worst:.2f}, {int(posterior.divergences.sum())} divergences, "
             f"{posterior.seconds:.0f} s; by noise alone mean err would be "
             f"{entry.reference.noise:.2f}."
+            + (" Its chains disagree: raise draws and warmup." if worst > 1.05 else "")
         )
     if rows is not None and len(beside) < len(entries):
         notes.append("NUTS was not run where a latent is discrete or shared by all rows.")

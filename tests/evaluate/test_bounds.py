@@ -63,9 +63,6 @@ def stacked(weights) -> Any:
     return torch.cat([rows for rows, _ in weights]).double().numpy()
 
 
-# --- elbo ---------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("particles", [1, 2, 37])
 def test_the_elbo_meets_the_evidence_at_the_exact_posterior(particles) -> None:
     model, x = setting()
@@ -142,9 +139,6 @@ def test_a_single_particle_has_no_error() -> None:
         assert math.isnan(bound.se)
         assert bound.rows_se.isnan().all()
         assert bound.rows.isfinite().all()
-
-
-# --- global latents, sequential and subsampled plates -------------------------------------------
 
 
 def hierarchy(x) -> Any:
@@ -286,9 +280,6 @@ def test_a_row_wise_function_names_the_site_that_has_no_rows(
         estimate(model, guide, torch.randn(6), particles=5)
 
 
-# --- importance weighting -----------------------------------------------------------------------
-
-
 def test_the_iwae_bound_of_two_particles_is_that_of_quadrature() -> None:
     model, x = setting(rows=400, latent_dim=1)
     scale = 1.8
@@ -389,7 +380,7 @@ def test_the_intervals_cover_the_truth_95_times_in_100() -> None:
     model, x = setting(rows=8)
     truth = model.log_evidence(x).detach()
     hits = []
-    for seed in range(200):
+    for seed in range(600):  # at 200 a true 95 % would leave 90 to 98 in one row of forty
         found = log_evidence(model, stretched(model, 1.5, shift=0.5), x, seed=seed)
         hits.append((found.rows - truth).abs() < 1.96 * found.rows_se)
     coverage = torch.stack(hits).double().mean(0)
@@ -427,9 +418,6 @@ def test_evidence_error_and_jackknife_are_those_of_numpy_on_the_same_weights(
         ]
         expected = groups * plain - (groups - 1) * np.mean(without)
         assert found.rows.item() == pytest.approx(expected)
-
-
-# --- log space ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("level", [-1e4, 1e4])
@@ -492,9 +480,6 @@ def test_particles_of_weight_zero_count_and_do_no_harm(monkeypatch, elements) ->
     truth = dist.Normal(0.0, math.sqrt(2)).log_prob(x) + above.log()
     found = log_evidence(truncated, guide, x, particles=1000, seed=0)
     assert ((found.rows - truth).abs() < 5 * found.rows_se).all()
-
-
-# --- chunks -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("estimate", [elbo, log_evidence, iwae_bound])
@@ -560,7 +545,8 @@ model = PPCA(data_dim=3, latent_dim=1)
 guide = Amortized(model, hidden=())
 x = model(size=10_000).detach()
 log_evidence(model, guide, x[:10], particles=10)
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+status = lambda: open('/proc/self/status').read()
+peak = lambda: int(status().split('VmHWM:')[1].split()[0]) / 1024
 before = peak()
 elbo(model, guide, x, particles=1000, seed=0)
 log_evidence(model, guide, x, particles=5000, jackknife=True, seed=0)
@@ -568,7 +554,7 @@ print(before, peak())
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux only")
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
 def test_memory_is_bounded_for_ten_thousand_rows_and_five_thousand_particles() -> None:
     command = [sys.executable, "-c", MEMORY]
     run = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -576,9 +562,6 @@ def test_memory_is_bounded_for_ten_thousand_rows_and_five_thousand_particles() -
     assert peak < 2048
     # One number for each row and particle would take 381 MiB in double precision.
     assert peak - before < 10_000 * 5000 * 8 / 2**20
-
-
-# --- any model ----------------------------------------------------------------------------------
 
 
 def mixed(x, y) -> Any:

@@ -56,9 +56,6 @@ def timeless(card) -> Any:
     return card.to_pandas().drop(columns=["train_seconds", "test_seconds"])
 
 
-# --- the same start -----------------------------------------------------------------------------
-
-
 def test_every_guide_starts_from_the_same_model_which_is_left_as_it_was() -> None:
     model, x, test = setting()
     before, names, state = copied(model), set(pyro.get_param_store()), torch.get_rng_state()
@@ -147,9 +144,6 @@ def test_a_model_that_is_a_function_starts_anew_for_every_guide() -> None:
     # Trained it was: at the start the bound was lower.
     start = elbo(model, factory(model), x[:9], particles=50, seed=0)
     assert card["a"].elbo.mean > start.mean + 5 * math.hypot(start.se, card["a"].elbo.se)
-
-
-# --- the figures --------------------------------------------------------------------------------
 
 
 def test_the_gap_is_zero_at_the_exact_posterior_and_the_evidence_less_the_elbo() -> None:
@@ -251,9 +245,6 @@ def test_no_word_of_the_sampler_where_none_was_asked_for() -> None:
     assert card["a"].reference is None
 
 
-# --- the reference ------------------------------------------------------------------------------
-
-
 def test_nuts_agrees_with_the_exact_posterior_and_measures_what_another_guide_misses() -> None:
     model, x, test = setting(latent_dim=1)
     guides = {"exact": Exact, "off": stretched(0.5, 1.0)}
@@ -315,9 +306,6 @@ def test_the_note_counts_the_rows_that_there_are() -> None:
         progress=False,
     )
     assert any(note.startswith("NUTS for a: 2 rows, 1 chains of 10") for note in card.notes)
-
-
-# --- print and export ---------------------------------------------------------------------------
 
 
 def test_the_seed_reproduces_the_whole_scorecard() -> None:
@@ -401,9 +389,6 @@ def test_few_particles_that_carry_the_weight_are_noted() -> None:
     assert not any("is low by at least" in note for note in fine.notes)
 
 
-# --- active units -------------------------------------------------------------------------------
-
-
 def units(x) -> Any:
     with pyro.plate("data", len(x)):
         z = pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
@@ -450,9 +435,6 @@ def test_units_are_counted_by_row_wherever_the_plate_over_rows_is(first) -> None
             pyro.sample("z", dist.Normal(loc if first else loc.mT, 1.0))
 
     assert active_units(model, guide, torch.randn(30, 4)) == (1, 4)
-
-
-# --- errors -------------------------------------------------------------------------------------
 
 
 def test_a_comparison_of_nothing_is_refused() -> None:

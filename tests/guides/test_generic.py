@@ -291,9 +291,6 @@ def test_refining_a_local_start_closes_the_amortization_gap() -> None:
     assert truth - end.mean < 0.05 < truth - start.mean
 
 
-# --- Exact -------------------------------------------------------------------------------------
-
-
 def regression(x: Tensor, y: Tensor | None = None) -> None:
     w = pyro.sample("w", dist.Normal(torch.zeros(2), 2.0).to_event(1))
     b = pyro.sample("b", dist.Normal(1.0, 1.0))
@@ -387,9 +384,6 @@ def test_exact_says_why_a_model_is_not_for_it() -> None:
         ELBO()(regression, guide, batch[0][:5], batch[1][:5])
 
 
-# --- for_model ---------------------------------------------------------------------------------
-
-
 def test_for_model_is_true_to_its_word() -> None:
     for model, example in [(PPCA(4, 2), None), (VAE(4, 2), None), (mixed, BATCHES[mixed])]:
         choices = for_model(model, example=example)
@@ -427,7 +421,7 @@ def test_row_wise_evidence_works_for_every_family_on_every_local_layout() -> Non
         for c, p in ((0, 0.6), (1, 0.4))
     ]
     truth = torch.logsumexp(torch.stack(parts), 0)
-    assert bool(((estimate.rows - truth).abs() < 5 * estimate.rows_se + 0.05).all())
+    assert bool(((estimate.rows - truth).abs() < 5 * estimate.rows_se).all())
 
 
 def test_names_of_latents_may_hold_dots_and_method_names() -> None:
