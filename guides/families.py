@@ -169,8 +169,8 @@ class _OneSupport(Family):
             return None
         return f"its support is {describe(site.support)}, and {self.name} needs {self.wants}"
 
-    def _serves(self, base: constraints.Constraint) -> bool:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def _serves(self, base: constraints.Constraint) -> bool: ...
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -15,6 +14,7 @@ from guides.amortized import Amortized
 from guides.exact import Exact
 from guides.flows import zuko
 from guides.local import Local
+from ppl_models.core.checks import check_known
 from ppl_models.core.random import seeded
 from ppl_models.core.sites import example_batch
 from ppl_models.core.types import Batch
@@ -197,13 +197,8 @@ def lookup(kind: str, name: str, known: Mapping[str, Entry]) -> Entry:
     Raises:
         ValueError: If there is none; the message has the nearest name.
     """
-    if name in known:
-        return known[name]
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-    raise ValueError(
-        f"there is no {kind} {name!r}.{f' Did you mean {near[0]!r}?' if near else ''} "
-        f"Known: {', '.join(known)}."
-    )
+    check_known(kind, name, known)
+    return known[name]
 
 
 def build(name: str, data: Dataset, *, seed: int = 0) -> Any:

@@ -108,9 +108,9 @@ def test_compare_writes_a_table_and_a_page_and_reproduces_by_its_seed(tmp_path) 
         ),
         (
             ["compare", "vae", "--data", "digit"],
-            "load: there is no data set 'digit'. Did you mean 'digits'? Known: digits.",
+            "there is no data set 'digit'. Did you mean 'digits'? Known: digits.",
         ),
-        (["guides", "vae", "--data", "mnist"], "load: there is no data set 'mnist'."),
+        (["guides", "vae", "--data", "mnist"], "there is no data set 'mnist'."),
         (["compare", "vae", "--lr", "-1", "--epochs", "1"], "fit: lr must be > 0, got -1.0."),
         (
             ["compare", "vae", "--guides", "exact", "--epochs", "1"],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +10,8 @@ from jaxtyping import Float, Int
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
+
+from ppl_models.core.checks import check_known
 
 NAMES = ("digits",)
 
@@ -57,12 +58,7 @@ def load(name: str = "digits", *, binarize: str | None = None) -> Dataset:
         >>> digits.x.shape, digits.x_test.shape, digits.x.unique()
         (torch.Size([1437, 64]), torch.Size([360, 64]), tensor([0., 1.]))
     """
-    if name not in NAMES:
-        near = difflib.get_close_matches(str(name), NAMES, n=1, cutoff=0.4)
-        raise ValueError(
-            f"load: there is no data set {name!r}.{f' Did you mean {near[0]!r}?' if near else ''} "
-            f"Known: {', '.join(NAMES)}."
-        )
+    check_known("data set", name, NAMES)
     if binarize not in (None, "threshold"):
         raise ValueError(f"load: binarize must be None or 'threshold', got {binarize!r}.")
     bunch: Any = load_digits()
