@@ -37,7 +37,7 @@ class SiteGuide(NamedModule):
     """A guide built from a model alone: each latent gets a family, in the model's own plates.
 
     The latents of a row are sampled in the order of the model; what the numbers of each family are
-    is left to `parameters`. Global latents have free numbers, a mean-field family each.
+    is left to `parameters_of`. Global latents have free numbers, a mean-field family each.
     """
 
     def __init__(
@@ -88,8 +88,10 @@ class SiteGuide(NamedModule):
                 for site in table.globals
             }
         )
-        floats = (value for value in [*batch, *(site.value for site in table)])
-        self._like = next(value for value in floats if value.is_floating_point())[:0]
+        values = [*batch, *(site.value for site in table)]
+        floats = [value for value in values if value.is_floating_point()]
+        # The precision and the device of the model: none where it speaks of integers only.
+        self._like = floats[0].new_empty(0) if floats else torch.empty(0)
         self.to(device=self._like.device, dtype=self._like.dtype)
 
     def forward(self, *batch: Tensor) -> dict[str, Tensor]:

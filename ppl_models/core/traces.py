@@ -56,7 +56,7 @@ def run_pair(
         dim: Dimension of that plate.
 
     Raises:
-        ValueError: If the guide misses a latent, samples an observed or an unknown site.
+        ValueError: As `check_sites`.
     """
     # A plate object for each program: both allocate the same dimension.
     plate = (

@@ -424,6 +424,33 @@ def test_row_wise_evidence_works_for_every_family_on_every_local_layout() -> Non
     assert bool(((estimate.rows - truth).abs() < 5 * estimate.rows_se).all())
 
 
+def test_local_serves_models_without_data_and_models_of_integers() -> None:
+    y = torch.tensor([28.0, 8.0, -3.0, 7.0])
+
+    def schools() -> None:
+        mean = pyro.sample("mean", dist.Normal(0.0, 5.0))
+        with pyro.plate("schools", 4):
+            effect = pyro.sample("effect", dist.Normal(mean, 3.0))
+            pyro.sample("y", dist.Normal(effect, 10.0), obs=y)
+
+    guide = Local(schools, example=())
+    fit(schools, guide, steps=1500, lr=0.02, seed=0, objective=ELBO(particles=8))
+    # Conjugate: y = mean + N(0, 109), so the mean's posterior is that of four such draws.
+    precision = 1 / 25 + 4 / 109
+    assert abs(guide.q("mean").mean.item() - y.sum().item() / 109 / precision) < 0.5
+
+    def codes(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            k = pyro.sample("k", dist.Categorical(torch.ones(3) / 3))
+            pyro.sample("x", dist.Categorical(0.1 + 0.7 * torch.eye(3)[k]), obs=x)
+
+    x = torch.tensor([0, 1, 2, 2])
+    local = Local(codes, rows=4, example=x)
+    fit(codes, local, x, steps=600, lr=0.05, seed=0, objective=ELBO(particles=20))
+    exact = torch.tensor([0.1, 0.1, 0.1]) + 0.7 * torch.eye(3)[x]  # uniform prior, symmetric
+    assert_close(local.q("k", x).probs.detach(), exact, atol=0.1, rtol=0)
+
+
 def test_names_of_latents_may_hold_dots_and_method_names() -> None:
     def model(x: Tensor) -> None:
         pyro.sample("layer.weight", dist.Normal(0.0, 1.0))

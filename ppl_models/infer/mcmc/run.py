@@ -114,7 +114,7 @@ def sample(
             latents are a target of their own, given the parameters; a model with global latents
             is refused. (All rows are one joint target for now: the same posterior.)
         seed: An integer isolates and reproduces; None draws from the global random stream.
-        device: Where to sample, by default where the model's parameters are.
+        device: Where to sample, by default where the model's parameters are. A module is moved.
         plate: Name of the plate over rows.
         progress: Whether to show a bar, or a label for it; None shows it on a terminal.
 
