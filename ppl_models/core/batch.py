@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import constraints
 
+from ppl_models.core.dynamic import Dynamic
 from ppl_models.core.sites import (
     Site,
     SiteTable,
@@ -27,8 +28,8 @@ def as_batch(data: Any, *programs: Any, device: torch.device | str | None = None
     """Turn what a user has into a batch: tensors with the same leading length.
 
     Arguments:
-        data: A tensor, a numpy array, a `torch.utils.data.Dataset`, or a tuple of tensors and
-            arrays with the same leading length. An empty tuple is a model without data.
+        data: A tensor, a numpy array, a data frame, a `Dynamic`, a `torch.utils.data.Dataset`, or a
+            tuple of those with the same leading length. An empty tuple is a model without data.
         programs: The model, and its guide. Floating data take the dtype of their parameters and,
             unless `device` is given, the device. Without parameters, tensors stay as they are and
             arrays take torch's default dtype.
@@ -53,6 +54,20 @@ def as_batch(data: Any, *programs: Any, device: torch.device | str | None = None
             "Rows are the first dimension of each."
         )
     return batch
+
+
+def redrawn(data: Any, batch: Batch) -> list[tuple[Tensor, Tensor]]:
+    """Return what of a batch is to be drawn anew for each epoch, in place, and its probabilities.
+
+    Arguments:
+        data: What `as_batch` made the batch from.
+        batch: The batch.
+    """
+    return [
+        (value, source.probabilities.to(value))
+        for source, value in zip(_arguments(data), batch, strict=True)
+        if isinstance(source, Dynamic)
+    ]
 
 
 def check_model(model: Callable[..., Any], batch: Batch, *, plate: str, rows: int) -> SiteTable:
@@ -172,7 +187,7 @@ def moved(device: torch.device | None, *programs: Any) -> Iterator[None]:
 
 
 def _arguments(data: Any) -> tuple[Any, ...]:
-    if isinstance(data, tuple) and len(data) == 1 and not isinstance(data[0], Tensor):
+    if isinstance(data, tuple) and len(data) == 1 and not isinstance(data[0], Tensor | Dynamic):
         data = data[0]  # elbo(model, guide, dataset) takes what fit(model, guide, dataset) takes
     if isinstance(data, torch.utils.data.Dataset):
         rows = [data[i] for i in range(len(data))]  # pyright: ignore[reportArgumentType]
@@ -193,7 +208,9 @@ def _arguments(data: Any) -> tuple[Any, ...]:
                 "data: every item of the Dataset must be a row of numbers, or a tuple of them, of "
                 f"the same shapes throughout, got {', '.join(map(str, list(kinds)[:3]))}."
             ) from error
-    if isinstance(data, list) and not all(isinstance(v, Tensor | np.ndarray) for v in data):
+    if isinstance(data, list) and not all(
+        isinstance(v, Tensor | np.ndarray | Dynamic) for v in data
+    ):
         return (data,)  # a list of rows, not of arguments
     return tuple(data) if isinstance(data, tuple | list) else (data,)
 
@@ -202,6 +219,8 @@ def _tensor(
     value: Any, name: str, like: Tensor | None, device: torch.device | str | None
 ) -> Tensor:
     dtype = like.dtype if like is not None else None
+    if isinstance(value, Dynamic):
+        value = value.draw(seed=0)
     if not isinstance(value, Tensor):
         array = np.asarray(value)
         if array.dtype.kind not in "fiub":

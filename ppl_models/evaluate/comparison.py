@@ -107,7 +107,7 @@ def compare(
             result = fit(
                 own,
                 guide,
-                rows,
+                data,
                 seed=seed,
                 device=device,
                 plate=plate,

@@ -20,7 +20,14 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.optim.optimizer import Optimizer
 
-from ppl_models.core.batch import as_batch, check_device, check_model, check_programs, moved
+from ppl_models.core.batch import (
+    as_batch,
+    check_device,
+    check_model,
+    check_programs,
+    moved,
+    redrawn,
+)
 from ppl_models.core.checks import check_count
 from ppl_models.core.minibatch import minibatch
 from ppl_models.core.modes import evaluation_mode
@@ -92,8 +99,9 @@ def fit(
     Arguments:
         model: Any Pyro model.
         guide: Any Pyro guide for it.
-        data: A tensor or array of N rows, a tuple of several with the same N, or a torch
-            `Dataset`. Floating data take the dtype of the model's parameters.
+        data: A tensor, array or data frame of N rows, a tuple of several with the same N, or a
+            torch `Dataset`. Floating data take the dtype of the model's parameters. What is
+            `Dynamic` (`load(..., binarize="dynamic")`) is drawn anew for each epoch.
         objective: The bound, by default `ELBO()`; or any ELBO of `pyro.infer`.
         steps: Optimisation steps; 1000 if `epochs` is not given either.
         epochs: Passes over the data, instead of `steps`.
@@ -134,6 +142,7 @@ def fit(
         )
     place = check_device(device)
     batch = as_batch(data, model, guide, device=place)
+    drawn = redrawn(data, batch)
     size = len(batch[0]) if batch else 1
     with (
         moved(place, model, guide),
@@ -169,6 +178,9 @@ def fit(
             _interruptible() as interrupted,
         ):
             for step, chosen in enumerate(_batches(size, rows, total), start=1):
+                if (step - 1) % in_epoch == 0:
+                    for value, probabilities in drawn:
+                        value.copy_(torch.bernoulli(probabilities))
                 bound = run.gradients(chosen)
                 _check_finite(bound, leaves, step)
                 optimise.step()
