@@ -147,6 +147,15 @@ class Flow(_Unconstrained):
         self.inverse = inverse
         self.options = options
 
+    def arguments(self) -> dict[str, Any]:
+        """Return what it was made with, by name: what a saved run rebuilds it from."""
+        return {
+            "flow": self.flow,
+            "context": self.context,
+            "inverse": self.inverse,
+            "options": self.options,
+        }
+
     def _build(self, site: Site) -> Conditional:
         return FlowConditional(
             site,

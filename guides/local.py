@@ -63,7 +63,9 @@ class Local(SiteGuide):
                 f"each row has its own {names}; got {rows!r}. Use Local(model, rows=len(x))."
             )
         self.rows = rows if names else None
-        self._started = False  # whether the numbers come from another guide
+        # Whether the numbers come from another guide: in a buffer, so that it is saved with them.
+        self._started: Tensor
+        self.register_buffer("_started", torch.tensor(False))
         self.row_parameters = nn.ParameterDict(
             {key(name): expanded(self._start(name), (rows or 1,)) for name in names}
         )
@@ -125,7 +127,7 @@ class Local(SiteGuide):
         What the rows share, global latents and the networks of a flow, is copied and stays fixed.
         """
         new = cls._like_me(guide, len(batch[0]))
-        new._started = True
+        new._started.fill_(True)
         draws: dict[str, Tensor] = {}
         with torch.no_grad():
             for name in guide.local_sites():

@@ -19,8 +19,8 @@ from ppl_models.core.random import seeded
 from ppl_models.core.sites import example_batch
 from ppl_models.core.types import Batch
 from ppl_models.data import Dataset
-from ppl_models.parts.likelihoods import Categorical, Gaussian
-from ppl_models.parts.priors import bayesian
+from ppl_models.parts.likelihoods import Bernoulli, Categorical, Gaussian
+from ppl_models.parts.priors import Bayesian, bayesian, normal
 from ppl_models.ppca import PPCA
 from ppl_models.vae import VAE
 
@@ -188,6 +188,22 @@ GUIDES: Mapping[str, Callable[[Any, int], Any]] = {
     "full": lambda model, rows: Amortized(model, hidden=(64,), family=families.FullNormal()),
     "local": lambda model, rows: Local(model, rows=rows),
     "low-rank": lambda model, rows: Amortized(model, hidden=(64,), family=families.LowRankNormal()),
+}
+
+
+_FLOWS = ("BPF", "CNF", "GF", "MAF", "NAF", "NCSF", "NICE", "NSF", "SOSPF", "UNAF")
+_PRIORS = ("Cauchy", "Exponential", "Gamma", "HalfCauchy", "HalfNormal", "InverseGamma", "Laplace")
+_PRIORS += ("LogNormal", "Normal", "StudentT")
+
+#: What a saved run may be built of, by name: nothing else is ever made from its JSON.
+BLOCKS: Mapping[str, Callable[..., Any]] = {
+    **{f"models.{made.__name__}": made for made in (PPCA, VAE, Bayesian)},
+    **{f"guides.{made.__name__}": made for made in (Amortized, Exact, Local)},
+    **{f"families.{family.name}": type(family) for family in families.ALL},
+    **{f"likelihoods.{made.__name__}": made for made in (Bernoulli, Categorical, Gaussian)},
+    **{f"flows.{name}": getattr(zuko.flows, name) for name in _FLOWS},
+    **{f"priors.{name}": getattr(dist, name) for name in _PRIORS},
+    "priors.normal": normal,
 }
 
 

@@ -113,15 +113,13 @@ def check_model(model: Callable[..., Any], batch: Batch, *, plate: str, rows: in
     return table
 
 
-def check_programs(caller: str, model: Any, guide: Any = None) -> None:
-    """Refuse a model or a guide that is no callable, or a class in place of an instance.
+def check_programs(caller: str, **programs: Any) -> None:
+    """Refuse a `model` or a `guide` that is no callable, or a class in place of an instance.
 
     Raises:
         ValueError: Saying which, and what came.
     """
-    for role, program in (("model", model), ("guide", guide)):
-        if role == "guide" and guide is None and caller == "sample":
-            continue
+    for role, program in programs.items():
         if isinstance(program, type) or not callable(program):
             what = f"the class {program.__name__}" if isinstance(program, type) else repr(program)
             raise ValueError(

@@ -1,8 +1,9 @@
-"""Modules with a name of their own."""
+"""Modules with a name of their own, which know what they were made with."""
 
 from __future__ import annotations
 
-from typing import Any
+import inspect
+from typing import Any, Self
 
 from pyro.nn import PyroModule
 
@@ -16,8 +17,20 @@ class NamedModule(PyroModule):
     would share parameters, and the second would silently stop learning.
     """
 
+    def __new__(cls, *arguments: Any, **options: Any) -> Self:
+        made = super().__new__(cls)
+        object.__setattr__(made, "_given", (arguments, options))  # before there is a module
+        return made
+
     def __init__(self) -> None:
         super().__init__(unique_name(type(self).__name__.lower()))
+
+    def arguments(self) -> dict[str, Any]:
+        """Return what it was made with, by name: what a saved run rebuilds it from."""
+        arguments, options = self._given
+        bound = inspect.signature(type(self)).bind(*arguments, **options)
+        bound.apply_defaults()  # so that a later change of a default does not change an old run
+        return dict(bound.arguments)
 
     def __setstate__(self, state: Any) -> None:
         # Both `copy.deepcopy` and unpickling come by here.

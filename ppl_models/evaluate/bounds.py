@@ -352,7 +352,7 @@ def _weights(
 ) -> Iterator[_Weights]:
     """Check everything that can be checked, and take the decisions, before the first draw."""
     check_count("evaluate", "particles", particles)
-    check_programs("evaluate", model, guide)
+    check_programs("evaluate", model=model, guide=guide)
     batch = as_batch(data, model, guide)
     size = len(batch[0]) if batch else 1
     with own_parameters(model, guide), seeded(seed), evaluating(model, guide):

@@ -58,6 +58,8 @@ class Fit:
         seconds: Time taken, in seconds.
         compiled: How the steps were run.
         interrupted: Whether Ctrl-C or a callback ended it early.
+        settings: What was asked for, in words and numbers that JSON can hold.
+        example: The first rows of the data, two at most: what a saved run is rebuilt with.
     """
 
     model: Callable[..., Any] = field(repr=False)
@@ -70,6 +72,8 @@ class Fit:
     seconds: float
     compiled: str
     interrupted: bool
+    settings: dict[str, Any] = field(repr=False)
+    example: Batch = field(repr=False)
 
 
 def fit(
@@ -134,7 +138,7 @@ def fit(
         torch.Size([3])
     """
     _check_choices(steps, epochs, batch_size, lr)
-    check_programs("fit", model, guide)
+    check_programs("fit", model=model, guide=guide)
     if objective is not None and not (callable(objective) or isinstance(objective, PyroELBO)):
         raise ValueError(
             f"fit: objective must be a callable such as ELBO() or pyro.infer.Trace_ELBO(), got "
@@ -155,6 +159,7 @@ def fit(
         part = tuple(value[:rows] for value in batch)
         index = torch.arange(rows)
         objective = ELBO() if objective is None else objective
+        objective_name = _name(objective)
         scaled = minibatch(index, size, plate=plate) if rows < size else nullcontext()
         with unchanged_on_error(), scaled, evaluation_mode(model, guide):
             enumerates = isinstance(objective, PyroELBO) and not isinstance(objective, Trace_ELBO)
@@ -207,6 +212,19 @@ def fit(
             seconds=time.perf_counter() - start,
             compiled="eager",
             interrupted=interrupted.is_set(),
+            settings={
+                "rows": size,
+                "batch_size": rows,
+                "steps": total,
+                "objective": objective_name,
+                "optimizer": type(optimise).__name__,
+                "lr": float(lr),
+                "schedule": None if scheduler is None else type(scheduler).__name__,
+                "seed": None if seed is None else int(seed),
+                "fixed_model": fixed_model,
+                "plate": plate,
+            },
+            example=tuple(value[:2].clone() for value in batch),
         )
 
 
@@ -321,6 +339,12 @@ def _check_choices(
             check_count("fit", name, value)
     if not lr > 0:
         raise ValueError(f"fit: lr must be > 0, got {lr}.")
+
+
+def _name(objective: Any) -> str:
+    if isinstance(objective, PyroELBO):
+        return f"pyro.infer.{type(objective).__name__}"
+    return repr(objective) if isinstance(objective, ELBO) else describe_program(objective)
 
 
 def _optimiser(make: Callable[..., Optimizer], leaves: list[Tensor], lr: float) -> Optimizer:

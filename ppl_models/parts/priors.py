@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pyro
@@ -23,15 +24,23 @@ from ppl_models.parts.nn import Network
 Prior = Callable[[str, Tensor], Distribution | None]
 
 
-def normal(scale: float = 1.0) -> Prior:
+@dataclass(frozen=True)
+class normal:
     """Give every parameter an independent normal prior around zero.
 
     Arguments:
         scale: Its standard deviation.
     """
-    if not scale > 0.0:
-        raise ValueError(f"normal: scale must be > 0, got {scale}.")
-    return lambda _, value: dist.Normal(torch.zeros_like(value), scale).to_event(value.ndim)
+
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.scale > 0.0:
+            raise ValueError(f"normal: scale must be > 0, got {self.scale}.")
+
+    def __call__(self, _: str, value: Tensor) -> Distribution:
+        """Return the prior of one parameter."""
+        return dist.Normal(torch.zeros_like(value), self.scale).to_event(value.ndim)
 
 
 def bayesian(module: nn.Module, prior: Prior | Distribution) -> PyroModule:

@@ -136,7 +136,7 @@ def sample(
     """
     for name, value, least in (("chains", chains, 1), ("draws", draws, 4), ("warmup", warmup, 0)):
         check_count("sample", name, value, least)
-    check_programs("sample", model)
+    check_programs("sample", model=model)
     if not isinstance(sampler, NUTS | None):
         raise ValueError(f"sample: sampler must be an instance such as NUTS(), got {sampler!r}.")
     place = check_device(device)
