@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from pyro import poutine
@@ -38,6 +38,10 @@ from ppl_models.core.traces import check_sites, plain_errors
 from ppl_models.core.types import Batch, Objective
 from ppl_models.infer.objectives import ELBO
 from ppl_models.infer.progress import progress_bar
+
+if TYPE_CHECKING:  # what draws is imported when it is asked for
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 BATCH = 128  # rows in a minibatch unless the caller says otherwise
 
@@ -74,6 +78,28 @@ class Fit:
     interrupted: bool
     settings: dict[str, Any] = field(repr=False)
     example: Batch = field(repr=False)
+
+    def plot(self, *, ax: Axes | None = None) -> Figure:
+        """Draw the bound of each step and its running mean.
+
+        Steps far below the rest, such as the first dive, are left below the picture, which says
+        how many they are.
+
+        Arguments:
+            ax: Axes to draw into, such as `plt.gca()` for a window; by default a new picture,
+                which shows itself in a notebook and has `savefig`.
+
+        Example:
+            >>> from guides import Amortized
+            >>> from ppl_models import PPCA
+            >>> model = PPCA(data_dim=5, latent_dim=2)
+            >>> figure = fit(model, Amortized(model), model(size=64), steps=3, seed=0).plot()
+            >>> figure.axes[0].get_ylabel()
+            'bound (nats per row)'
+        """
+        from ppl_models.infer.plots import plot_bounds
+
+        return plot_bounds(self, ax=ax)
 
 
 def fit(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import product
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -12,6 +12,11 @@ import torch
 from arviz_stats.base.array import array_stats
 from jaxtyping import Float
 from torch import Tensor
+
+if TYPE_CHECKING:  # what draws is imported when it is asked for
+    from matplotlib.figure import Figure
+
+    from ppl_models.core.picture import Canvas
 
 
 class Posterior(Mapping[str, Tensor]):
@@ -102,12 +107,61 @@ class Posterior(Mapping[str, Tensor]):
             "ess_tail": self.ess("tail"),
             "r_hat": self.rhat(),
         }
-        index = [label for name in self for label in _labels(name, self[name].shape[2:])]
+        index = [label for name in self for label in element_names(name, self[name].shape[2:])]
         columns = {
             title: torch.cat([values[name].flatten().double().cpu() for name in self]).numpy()
             for title, values in statistics.items()
         }
         return pd.DataFrame(columns, index=pd.Index(index))
+
+    def plot(
+        self,
+        *,
+        sites: str | Sequence[str] | None = None,
+        limit: int = 8,
+        figure: Canvas | None = None,
+    ) -> Figure:
+        """Draw the density and the trace of each element, chain by chain, with R-hat and ESS.
+
+        A title in red is of an element whose draws are not to be trusted.
+
+        Arguments:
+            sites: What to draw: names of sites, or of elements such as "z[0,1]"; None for all.
+            limit: Elements drawn at most, shared out among the sites. The title counts the rest.
+            figure: A figure or subfigure to draw into, such as `plt.figure()` for a window.
+
+        Raises:
+            ValueError: If a name is unknown, or `limit` not positive.
+
+        Example:
+            >>> figure = Posterior({"z": torch.randn(4, 100, 3)}).plot(sites=["z[0]", "z[2]"])
+            >>> [ax.get_title(loc="left") for ax in figure.axes[::2]]
+            ['z[0]', 'z[2]']
+        """
+        from ppl_models.infer.plots import plot_posterior
+
+        return plot_posterior(self, sites=sites, limit=limit, figure=figure)
+
+    def plot_pairs(
+        self,
+        *,
+        sites: str | Sequence[str] | None = None,
+        limit: int = 5,
+        figure: Canvas | None = None,
+    ) -> Figure:
+        """Draw each pair of elements as a cloud, with histograms and correlations.
+
+        Arguments:
+            sites: As in `plot`.
+            limit: As in `plot`.
+            figure: As in `plot`.
+
+        Raises:
+            ValueError: As `plot`.
+        """
+        from ppl_models.infer.plots import plot_pairs
+
+        return plot_pairs(self, sites=sites, limit=limit, figure=figure)
 
     def __str__(self) -> str:
         table = self.summary()
@@ -121,8 +175,7 @@ class Posterior(Mapping[str, Tensor]):
             table.to_string(formatters=formats, max_rows=40),
         ]
         least = float(table["ess_bulk"].to_numpy().min())
-        # Among many elements one is above 1.01 by chance, however good the draws.
-        if worst > 1.05 or (worst > 1.01 and least < 100 * self.chains):
+        if poorly_mixed(worst, least, self.chains):
             lines.append(
                 f"R-hat reaches {worst:.3f} and ESS falls to {least:.0f}: good are below 1.01 and "
                 f"above {100 * self.chains}. Run longer; if that does not help, look for several "
@@ -149,7 +202,14 @@ class Posterior(Mapping[str, Tensor]):
         return result
 
 
-def _labels(name: str, shape: torch.Size) -> list[str]:
+def poorly_mixed(rhat: float, ess: float, chains: int) -> bool:
+    """Whether R-hat and ESS say that draws are not to be trusted."""
+    # Among many elements one is above 1.01 by chance, however good the draws.
+    return rhat > 1.05 or (rhat > 1.01 and ess < 100 * chains)
+
+
+def element_names(name: str, shape: torch.Size) -> list[str]:
+    """Name each element of a site as the summary does: `z[0,1]`."""
     if not shape:
         return [name]
     return [f"{name}[{','.join(map(str, index))}]" for index in product(*map(range, shape))]
