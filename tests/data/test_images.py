@@ -1,9 +1,8 @@
-"""The digits: sizes, split, values, and what an unknown name says."""
+"""Images: sizes, splits, values, labels, and that they stand upright."""
 
 from __future__ import annotations
 
 import numpy as np
-import pytest
 import torch
 from sklearn.datasets import load_digits
 
@@ -71,12 +70,3 @@ def test_loading_draws_nothing_from_the_random_streams() -> None:
     load("digits")
     assert torch.equal(torch.get_rng_state(), state)
     np.testing.assert_array_equal(random.get_state()[1], numpy_state)
-
-
-def test_an_unknown_name_is_told_the_nearest() -> None:
-    with pytest.raises(ValueError, match=r"no data set 'digit'\. Did you mean 'digits'\?"):
-        load("digit")
-    with pytest.raises(ValueError, match=r"no data set 'xyzzy'\. Known: digits\."):
-        load("xyzzy")
-    with pytest.raises(ValueError, match=r"binarize must be None or 'threshold', got 'dynamic'"):
-        load("digits", binarize="dynamic")
