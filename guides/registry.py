@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -18,7 +18,7 @@ from ppl_models.core.checks import check_known
 from ppl_models.core.random import seeded
 from ppl_models.core.sites import example_batch
 from ppl_models.core.types import Batch
-from ppl_models.data import Dataset
+from ppl_models.data.dataset import Binarize, Dataset
 from ppl_models.parts.likelihoods import Bernoulli, Categorical, Gaussian
 from ppl_models.parts.priors import Bayesian, bayesian, normal
 from ppl_models.ppca import PPCA
@@ -57,15 +57,17 @@ class ModelEntry:
     Attributes:
         name: Its name.
         summary: What it is, in a line.
-        build: Makes it for a data set.
-        binarize: How the data must be made binary for it; None if they need not be.
-        guides: Guides that `compare` takes unless told otherwise.
+        build: Makes it for a data set and its sizes.
+        sizes: The sizes that can be chosen, and what they are otherwise.
+        binarize: How grey data are made binary for it unless told otherwise; None if they are not.
+        guides: Guides that `compare` takes unless told otherwise; `fit` takes the first.
     """
 
     name: str
     summary: str
-    build: Callable[[Dataset], Any]
-    binarize: str | None
+    build: Callable[..., Any]
+    sizes: Mapping[str, Any]
+    binarize: Binarize | None
     guides: tuple[str, ...]
 
 
@@ -164,30 +166,47 @@ MODELS: Mapping[str, ModelEntry] = {
         ModelEntry(
             "ppca",
             "probabilistic PCA: linear, Gaussian, with an exact posterior",
-            lambda data: PPCA(data.x.shape[-1], 8, noise_scale=0.3),
+            lambda data, latent_dim: PPCA(data.x.shape[-1], latent_dim, noise_scale=0.3),
+            {"latent_dim": 8},
             None,
             ("exact", "amortized", "local"),
         ),
         ModelEntry(
             "vae",
             "variational autoencoder with Bernoulli pixels",
-            lambda data: VAE(data.x.shape[-1], 8, hidden=(64,)),
+            lambda data, **sizes: VAE(data.x.shape[-1], **sizes),
+            {"latent_dim": 8, "hidden": (64,)},
             "threshold",
+            ("amortized", "local", "flow"),
+        ),
+        ModelEntry(
+            "vae-gaussian",
+            "variational autoencoder with real values, each with a learnt scale",
+            lambda data, **sizes: VAE(
+                data.x.shape[-1], likelihood=Gaussian(min_scale=0.05), **sizes
+            ),
+            {"latent_dim": 8, "hidden": (64,)},
+            None,
             ("amortized", "local", "flow"),
         ),
     )
 }
 
-#: Guides by name, made from a model and the number of training rows.
-GUIDES: Mapping[str, Callable[[Any, int], Any]] = {
-    "amortized": lambda model, rows: Amortized(model, hidden=(64,)),
-    "exact": lambda model, rows: Exact(model),
-    "flow": lambda model, rows: Amortized(
-        model, hidden=(64,), family=families.Flow(transforms=2, hidden_features=(32,))
+#: Guides by name, made from a model, the number of training rows, and the units of each tanh layer
+#: of the encoder, where there is one.
+GUIDES: Mapping[str, Callable[[Any, int, Sequence[int]], Any]] = {
+    "amortized": lambda model, rows, hidden: Amortized(model, hidden=hidden),
+    "exact": lambda model, rows, hidden: Exact(model),
+    "flow": lambda model, rows, hidden: Amortized(
+        model, hidden=hidden, family=families.Flow(transforms=2, hidden_features=(32,))
     ),
-    "full": lambda model, rows: Amortized(model, hidden=(64,), family=families.FullNormal()),
-    "local": lambda model, rows: Local(model, rows=rows),
-    "low-rank": lambda model, rows: Amortized(model, hidden=(64,), family=families.LowRankNormal()),
+    "full": lambda model, rows, hidden: Amortized(
+        model, hidden=hidden, family=families.FullNormal()
+    ),
+    "local": lambda model, rows, hidden: Local(model, rows=rows),
+    "low-rank": lambda model, rows, hidden: Amortized(
+        model, hidden=hidden, family=families.LowRankNormal()
+    ),
 }
 
 
@@ -217,17 +236,23 @@ def lookup(kind: str, name: str, known: Mapping[str, Entry]) -> Entry:
     return known[name]
 
 
-def build(name: str, data: Dataset, *, seed: int = 0) -> Any:
+def build(name: str, data: Dataset, *, seed: int = 0, **sizes: Any) -> Any:
     """Build a model by name for a data set.
 
     Arguments:
         name: A key of `MODELS`.
         data: The data set.
         seed: Of its initial parameters; the global random state is left as it was.
+        sizes: Sizes to choose, such as `latent_dim=2`; see `ModelEntry.sizes`.
 
     Raises:
-        ValueError: If there is no such model.
+        ValueError: If there is no such model, or it has no such size.
     """
     entry = lookup("model", name, MODELS)
+    for size in sizes:
+        if size not in entry.sizes:
+            raise ValueError(
+                f"{name} has no {size}; what can be chosen is {', '.join(entry.sizes)}."
+            )
     with seeded(seed):
-        return entry.build(data)
+        return entry.build(data, **{**entry.sizes, **sizes})

@@ -1,7 +1,7 @@
 """Evaluation: bounds and evidence with their errors, latents, and the scorecard."""
 
 from ppl_models.evaluate.bounds import elbo, iwae_bound, log_evidence
-from ppl_models.evaluate.comparison import compare
+from ppl_models.evaluate.comparison import compare, score
 from ppl_models.evaluate.estimate import Estimate
 from ppl_models.evaluate.latent import active_units, encode, generate, reconstruct
 from ppl_models.evaluate.scorecard import Scorecard
@@ -17,4 +17,5 @@ __all__ = [
     "iwae_bound",
     "log_evidence",
     "reconstruct",
+    "score",
 ]

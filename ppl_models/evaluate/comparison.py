@@ -95,7 +95,7 @@ def compare(
     check_device(device)
     settings = {"lr": lr, "steps": steps, "epochs": epochs, "batch_size": batch_size}
     training = {k: v for k, v in settings.items() if v is not None} | options
-    rows, rows_test = (as_batch(d, model) for d in (data, test))
+    rows_test = as_batch(test, model)
     check_count("compare", "particles", particles, least=2)
     check_count("compare", "reference_rows", reference_rows)
     check_model(model, rows_test, plate=plate, rows=_rows(rows_test))
@@ -131,15 +131,95 @@ def compare(
                     progress=progress,
                 )
             )
+    return _card(entries, rows_test, reference_rows, reference, seed=seed, particles=particles)
+
+
+def score(
+    result: Fit,
+    test: Any,
+    *,
+    name: str | None = None,
+    particles: int = 1000,
+    seed: int = 0,
+    reference: NUTS | None = DEFAULT_REFERENCE,
+    reference_rows: int = 8,
+    chains: int = 2,
+    draws: int = 200,
+    warmup: int = 200,
+    progress: bool | None = None,
+) -> Scorecard:
+    """Say how good a trained guide is, on test rows: the scorecard of one guide.
+
+    Model and guide are left as they are; a guide with parameters for each row is refined on the
+    test rows in a copy.
+
+    Arguments:
+        result: What `fit` returned, or `load_run(path).fit`.
+        test: Test rows.
+        name: What to call the guide.
+        particles: Draws for log p(x); a tenth of them for the ELBO.
+        seed: Of all draws.
+        reference: The sampler beside the guide; None leaves it out.
+        reference_rows: Test rows that it runs on.
+        chains: Its chains.
+        draws: Draws from each.
+        warmup: Transitions for its adaptation.
+        progress: Whether to show bars; None shows them on a terminal.
+
+    Raises:
+        ValueError: As `elbo` and `sample` do.
+
+    Example:
+        >>> from guides import Exact
+        >>> from ppl_models import PPCA
+        >>> model = PPCA(data_dim=5, latent_dim=2)
+        >>> x = model(size=64)
+        >>> result = fit(model, Exact(model), x[:48], steps=5, seed=0)
+        >>> abs(score(result, x[48:], reference=None)["Exact"].gap) < 1e-3
+        True
+    """
+    plate, batch = result.settings["plate"], as_batch(test, result.model, result.guide)
+    check_count("score", "particles", particles, least=2)
+    check_count("score", "reference_rows", reference_rows)
+    check_model(result.model, batch, plate=plate, rows=_rows(batch))
+    entry = _score(
+        describe_program(result.guide) if name is None else name,
+        result.model,
+        result,
+        batch,
+        particles=particles,
+        plate=plate,
+        seed=seed,
+        reference=reference,
+        reference_rows=reference_rows,
+        chains=chains,
+        draws=draws,
+        warmup=warmup,
+        progress=progress,
+    )
+    return _card([entry], batch, reference_rows, reference, seed=seed, particles=particles)
+
+
+def _card(
+    entries: list[Entry],
+    test: Batch,
+    reference_rows: int,
+    reference: NUTS | None,
+    *,
+    seed: int,
+    particles: int,
+) -> Scorecard:
+    """Put entries together, with what was the same for all and what to beware of."""
+    first = entries[0].fit
     same = {
-        "data": f"{_rows(rows)} training and {_rows(rows_test)} test rows",
-        "batch size": entries[0].fit.batch_size,
-        "steps": entries[0].fit.steps,
-        "lr": lr,
+        "data": f"{first.settings['rows']} training and {_rows(test)} test rows",
+        "batch size": first.batch_size,
+        "steps": first.steps,
+        "lr": first.settings["lr"],
         "seed": seed,
         "particles": particles,
     }
-    beside = min(reference_rows, _rows(rows_test)) if reference is not None else None
+    beside = min(reference_rows, _rows(test)) if reference is not None else None
     return Scorecard(tuple(entries), same, tuple(_notes(entries, beside)))
 
 
