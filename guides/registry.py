@@ -19,6 +19,7 @@ from ppl_models.core.random import seeded
 from ppl_models.core.sites import example_batch
 from ppl_models.core.types import Batch
 from ppl_models.data.dataset import Binarize, Dataset
+from ppl_models.factor_analysis import FactorAnalysis
 from ppl_models.parts.likelihoods import Bernoulli, Categorical, Gaussian
 from ppl_models.parts.priors import Bayesian, bayesian, normal
 from ppl_models.ppca import PPCA
@@ -75,6 +76,10 @@ def _ppca() -> PPCA:
     return PPCA(data_dim=5, latent_dim=2)
 
 
+def _factor_analysis() -> FactorAnalysis:
+    return FactorAnalysis(data_dim=5, latent_dim=2)
+
+
 def _vae(**options: Any) -> VAE:
     return VAE(data_dim=6, latent_dim=2, hidden=(8,), **options)
 
@@ -94,36 +99,48 @@ def _convolutional_guide(model: Any, rows: int) -> Amortized:
     return Amortized(model, encoder=encoder)
 
 
-def _ppca_evidence(model: Any, batch: Batch) -> Tensor:
+def _evidence(model: Any, batch: Batch) -> Tensor:
     return model.log_evidence(*batch)
 
 
 PAIRS: tuple[Pair, ...] = (
-    Pair("ppca-exact", _ppca, lambda model, rows: Exact(model), evidence=_ppca_evidence),
+    Pair("ppca-exact", _ppca, lambda model, rows: Exact(model), evidence=_evidence),
     Pair(
         "ppca-amortized",
         _ppca,
         lambda model, rows: Amortized(model, hidden=()),
-        evidence=_ppca_evidence,
+        evidence=_evidence,
     ),
-    Pair("ppca-local", _ppca, lambda model, rows: Local(model, rows=rows), evidence=_ppca_evidence),
+    Pair("ppca-local", _ppca, lambda model, rows: Local(model, rows=rows), evidence=_evidence),
     Pair(
         "ppca-low-rank",
         _ppca,
         lambda model, rows: Local(model, rows=rows, family=families.LowRankNormal(rank=1)),
-        evidence=_ppca_evidence,
+        evidence=_evidence,
     ),
     Pair(
         "ppca-full",
         _ppca,
         lambda model, rows: Amortized(model, hidden=(4,), family=families.FullNormal()),
-        evidence=_ppca_evidence,
+        evidence=_evidence,
     ),
     Pair(
         "ppca-bayesian",
         lambda: bayesian(_ppca(), dist.Normal(0.0, 1.0)),
         lambda model, rows: Amortized(model, hidden=(4,)),
         row_wise=False,
+    ),
+    Pair(
+        "factor-analysis-exact",
+        _factor_analysis,
+        lambda model, rows: Exact(model),
+        evidence=_evidence,
+    ),
+    Pair(
+        "factor-analysis-amortized",
+        _factor_analysis,
+        lambda model, rows: Amortized(model, hidden=()),
+        evidence=_evidence,
     ),
     Pair("vae-amortized", _vae, lambda model, rows: Amortized(model, hidden=(8,))),
     Pair("vae-local", _vae, lambda model, rows: Local(model, rows=rows)),
@@ -167,6 +184,14 @@ MODELS: Mapping[str, ModelEntry] = {
             "ppca",
             "probabilistic PCA: linear, Gaussian, with an exact posterior",
             lambda data, latent_dim: PPCA(data.x.shape[-1], latent_dim, noise_scale=0.3),
+            {"latent_dim": 8},
+            None,
+            ("exact", "amortized", "local"),
+        ),
+        ModelEntry(
+            "factor-analysis",
+            "factor analysis: linear, Gaussian, each column with noise of its own",
+            lambda data, latent_dim: FactorAnalysis(data.x.shape[-1], latent_dim, noise_scale=0.3),
             {"latent_dim": 8},
             None,
             ("exact", "amortized", "local"),
@@ -216,7 +241,7 @@ _PRIORS += ("LogNormal", "Normal", "StudentT")
 
 #: What a saved run may be built of, by name: nothing else is ever made from its JSON.
 BLOCKS: Mapping[str, Callable[..., Any]] = {
-    **{f"models.{made.__name__}": made for made in (PPCA, VAE, Bayesian)},
+    **{f"models.{made.__name__}": made for made in (PPCA, FactorAnalysis, VAE, Bayesian)},
     **{f"guides.{made.__name__}": made for made in (Amortized, Exact, Local)},
     **{f"families.{family.name}": type(family) for family in families.ALL},
     **{f"likelihoods.{made.__name__}": made for made in (Bernoulli, Categorical, Gaussian)},
