@@ -1,10 +1,20 @@
-"""Evaluation: bounds and evidence with their errors, latents, and the scorecard."""
+"""Evaluation: bounds and evidence with their errors, latents, the scorecard, and pictures."""
+
+from typing import TYPE_CHECKING, Any
 
 from ppl_models.evaluate.bounds import elbo, iwae_bound, log_evidence
 from ppl_models.evaluate.comparison import compare, score
 from ppl_models.evaluate.estimate import Estimate
 from ppl_models.evaluate.latent import active_units, encode, generate, reconstruct
 from ppl_models.evaluate.scorecard import Scorecard
+
+if TYPE_CHECKING:  # what draws is imported when it is asked for: see __getattr__
+    from ppl_models.evaluate.pictures import (
+        plot_interpolation,
+        plot_latents,
+        plot_reconstructions,
+        plot_samples,
+    )
 
 __all__ = [
     "Estimate",
@@ -16,6 +26,22 @@ __all__ = [
     "generate",
     "iwae_bound",
     "log_evidence",
+    "plot_interpolation",
+    "plot_latents",
+    "plot_reconstructions",
+    "plot_samples",
     "reconstruct",
     "score",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__ and name.startswith("plot_"):
+        from ppl_models.evaluate import pictures
+
+        return getattr(pictures, name)
+    raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -55,7 +55,7 @@ def encode(
             exact = len(list(stochastic_nodes(trace))) == 1
             for name in names:
                 node: Any = trace.nodes[name]
-                mean = _mean(node["fn"])
+                mean = mean_of(node["fn"])
                 exact = exact and mean is not None
                 value = node["value"].to(torch.get_default_dtype()) if mean is None else mean
                 totals[name] = totals.get(name, 0.0) + value
@@ -96,7 +96,7 @@ def reconstruct(
         for _ in range(draws):
             pair = run_pair(model, guide, *arguments)
             for name, node in stochastic_nodes(pair.model):
-                if node["is_observed"] and (mean := _mean(node["fn"])) is not None:
+                if node["is_observed"] and (mean := mean_of(node["fn"])) is not None:
                     totals[name] = totals.get(name, 0.0) + mean
     return {name: total / draws for name, total in totals.items()}
 
@@ -130,17 +130,22 @@ def active_units(
     units = []
     for name in halves[0]:
         # The covariance of two estimates of the mean: their noise is independent and drops out.
-        one, other = (_by_unit(table, name, half[name]) for half in halves)
+        one, other = (by_row(table, name, half[name]) for half in halves)
         spread = (one - one.mean(0)) * (other - other.mean(0))
         units.append(spread.sum(0) / max(1, len(one) - 1))
     found = torch.cat(units)
     return int((found > ACTIVE).sum()), len(found)
 
 
-def _by_unit(table: SiteTable, name: str, value: Tensor) -> Tensor:
-    """Lay out means row by row: (*plates, *event) to (N, units)."""
-    rows = (table[name].data_dim or 0) - _events(table, name, value)
+def by_row(table: SiteTable, name: str, value: Tensor) -> Tensor:
+    """Lay out values of a site row by row: (*plates, *event) to (N, units)."""
+    rows = row_axis(table, name, value)
     return value.movedim(rows, 0).reshape(value.shape[rows], -1)
+
+
+def row_axis(table: SiteTable, name: str, value: Tensor) -> int:
+    """Return the dimension, from the right, along which the values of a site have their rows."""
+    return (table[name].data_dim or 0) - _events(table, name, value)
 
 
 def _events(table: SiteTable, name: str, value: Tensor) -> int:
@@ -187,7 +192,7 @@ def _local_latents(
     return names
 
 
-def _mean(fn: Distribution) -> Tensor | None:
+def mean_of(fn: Distribution) -> Tensor | None:
     """Return the mean of a distribution, or its probabilities, or None if neither is known."""
     try:
         mean = fn.mean

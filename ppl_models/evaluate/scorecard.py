@@ -6,13 +6,18 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
 from ppl_models.core.table import text_table
 from ppl_models.evaluate.estimate import Estimate
 from ppl_models.infer import Fit, Posterior
+
+if TYPE_CHECKING:  # what draws is imported when it is asked for
+    from matplotlib.figure import Figure
+
+    from ppl_models.core.picture import Canvas
 
 
 @dataclass(frozen=True)
@@ -109,6 +114,30 @@ class Scorecard:
             f"<!doctype html><meta charset='utf-8'><title>Scorecard</title>{table}<ul>{lines}</ul>"
         )
         Path(path).write_text(page, encoding="utf-8")
+
+    def plot(self, *, figure: Canvas | None = None) -> Figure:
+        """Draw the guides as rows: ELBO and log p(x), gap, posterior scale, time.
+
+        Error bars are two standard errors to each side. What an entry does not have is left out of
+        its row.
+
+        Arguments:
+            figure: A figure or subfigure to draw into, such as `plt.figure()` for a window; by
+                default a new picture, which shows itself in a notebook and has `savefig`.
+
+        Example:
+            >>> from guides import Amortized
+            >>> from ppl_models import PPCA
+            >>> from ppl_models.evaluate import compare
+            >>> model = PPCA(data_dim=5, latent_dim=2)
+            >>> x = model(size=64)
+            >>> card = compare(model, {"mine": Amortized}, x, x, steps=2, reference=None)
+            >>> [label.get_text() for label in card.plot().axes[0].get_yticklabels()]
+            ['mine']
+        """
+        from ppl_models.evaluate.plots import plot_scorecard
+
+        return plot_scorecard(self, figure=figure)
 
     def __str__(self) -> str:
         head = (
