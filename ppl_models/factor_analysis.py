@@ -53,7 +53,7 @@ def ecme(
         of the start.
 
     Source:
-        Liu & Rubin (1994). https://doi.org/10.1093/biomet/81.4.633. The parts: Joreskog (1967),
+        Liu & Rubin (1994). https://doi.org/10.1093/biomet/81.4.633. The parts: Jöreskog (1967),
         https://doi.org/10.1007/BF02289658; Rubin & Thayer (1982),
         https://doi.org/10.1007/BF02293851; Zhao, Yu & Jiang (2008),
         https://doi.org/10.1007/s11222-007-9042-y.
@@ -225,7 +225,7 @@ class FactorAnalysis(NamedModule):
         on the columns divided by their standard deviations, in double precision on the CPU; a step
         takes time in :math:`D^3`. The likelihood can have several local maxima; the best from two
         starts is returned, one with noise of half the variance of each column, one with what
-        the other columns leave unexplained of it (Joreskog 1967). Nothing is random.
+        the other columns leave unexplained of it (Jöreskog 1967). Nothing is random.
 
         Arguments:
             x: Data, in the units of the model, in its own precision.

@@ -11,7 +11,8 @@ SCRIPT = """
 import warnings
 from jaxtyping import install_import_hook
 
-CHECKED = ["ppl_models.ppca", "ppl_models.vae", "ppl_models.parts", "guides.conditionals"]
+CHECKED = ["ppl_models.ppca", "ppl_models.factor_analysis", "ppl_models.vae", "ppl_models.parts"]
+CHECKED += ["guides.conditionals"]
 with install_import_hook(CHECKED, "beartype.beartype"):
     warnings.simplefilter("ignore")  # beartype on the annotations of Pyro's metaclass
     import ppl_models
@@ -32,6 +33,7 @@ for pair in guides.registry.PAIRS:
         model.posterior(*batch)
 x = torch.randn(20, 4)
 ppl_models.PPCA.maximum_likelihood(x, 2).log_evidence(x)
+ppl_models.FactorAnalysis.maximum_likelihood(x, 2).log_evidence(x)
 """
 WRONG = "ppl_models.PPCA(4, 2).log_evidence(torch.zeros(3, 4, dtype=torch.int64))"
 
