@@ -141,7 +141,8 @@ def fingerprint(arrays: dict[str, np.ndarray]) -> str:
 
 
 def _unpack(path: Path, keys: tuple[str, ...]) -> dict[str, np.ndarray]:
-    with np.load(path, allow_pickle=False) as kept:
+    # Opened here: numpy leaves a file open that turns out to be no zip.
+    with path.open("rb") as file, np.load(file, allow_pickle=False) as kept:
         return {key: kept[key] for key in keys}
 
 

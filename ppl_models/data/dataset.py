@@ -19,6 +19,18 @@ Binarize = Literal["threshold", "static", "dynamic"]
 _TRAIN, _TEST, _VALID = range(3)
 
 
+def check_binarize(name: str, how: Binarize | None) -> None:
+    """Refuse what is no way to make values binary.
+
+    Raises:
+        ValueError: With the ways there are.
+    """
+    if how is not None and how not in get_args(Binarize):
+        raise ValueError(
+            f"{name}: binarize must be None, 'threshold', 'static' or 'dynamic', got {how!r}."
+        )
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Dataset:
     """A data set with a fixed split.
@@ -40,8 +52,8 @@ class Dataset:
         loc: What `standardized` took off each column of x, shape (D,).
         scale: What it then divided by, shape (D,).
         y_loc: The same for a continuous y.
-        y_scale: The same for a continuous y: adding log(y_scale) to the negative of a mean
-            log-likelihood in nats returns it to the units of the data.
+        y_scale: The same for a continuous y. A log-density of the standardised y, in nats per
+            row, is that of the raw y after taking off log(y_scale).
     """
 
     name: str
@@ -97,11 +109,7 @@ class Dataset:
         """
         if how is None:
             return self
-        if how not in get_args(Binarize):
-            raise ValueError(
-                f"{self.name}: binarize must be None, 'threshold', 'static' or 'dynamic', got "
-                f"{how!r}."
-            )
+        check_binarize(self.name, how)
         if self.binarize is not None:
             raise ValueError(f"{self.name} is binary already ({self.binarize}).")
         if self.loc is not None:

@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 from ppl_models.core.checks import check_count, check_known
 from ppl_models.data import images, tables, text
-from ppl_models.data.dataset import Binarize, Dataset
+from ppl_models.data.dataset import Binarize, Dataset, check_binarize
 
-_LOADERS: dict[str, Callable[[], Dataset]] = {
+_IMAGES: dict[str, Callable[[], Dataset]] = {
     "digits": images.digits,
     "mnist": images.mnist,
     "fashion_mnist": images.fashion_mnist,
@@ -16,12 +16,15 @@ _LOADERS: dict[str, Callable[[], Dataset]] = {
     "omniglot": images.omniglot,
     "olivetti": images.olivetti,
     "frey_faces": images.frey_faces,
+}
+_OTHERS: dict[str, Callable[[], Dataset]] = {
     "newsgroups": text.newsgroups,
     "reuters": text.reuters,
     "oil_flow": tables.oil_flow,
     "german_credit": tables.german_credit,
 }
-NAMES = (*_LOADERS, *(f"uci/{name}" for name in tables.UCI))
+_UCI = {f"uci/{name}": name for name in tables.UCI}
+NAMES = (*_IMAGES, *_OTHERS, *_UCI)
 
 
 def load(name: str = "digits", *, binarize: Binarize | None = None, split: int = 0) -> Dataset:
@@ -68,15 +71,20 @@ def load(name: str = "digits", *, binarize: Binarize | None = None, split: int =
 binary (threshold), 10 classes
     """
     check_known("data set", name, NAMES)
+    check_binarize(name, binarize)
     check_count("load", "split", split, least=0)
-    if name.startswith("uci/"):
+    if name not in _IMAGES and binarize is not None:
+        raise ValueError(f"{name}: {binarize=} needs images. Leave binarize=None.")
+    if name in _UCI:
         if split >= tables.SPLITS:
             raise ValueError(f"load: split must be 0 to {tables.SPLITS - 1}, got {split}.")
-        return tables.uci(name.removeprefix("uci/"), split).binarized(binarize)
+        return tables.uci(_UCI[name], split)
     if split != 0:
         raise ValueError(f"load: {name} has one split; only uci/* have several, got {split=}.")
-    if binarize == "static" and name == "mnist":
-        name = "binarized_mnist"
+    if name in _OTHERS:
+        return _OTHERS[name]()
+    if name == "mnist" and binarize == "static":
+        return images.binarized_mnist()
     if name == "binarized_mnist":
         if binarize not in (None, "static"):
             raise ValueError(
@@ -84,4 +92,4 @@ binary (threshold), 10 classes
                 f"load('mnist', binarize={binarize!r})."
             )
         return images.binarized_mnist()
-    return _LOADERS[name]().binarized(binarize)
+    return _IMAGES[name]().binarized(binarize)

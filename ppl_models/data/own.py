@@ -207,7 +207,7 @@ def _from_npy(path: Path) -> _Rows:
 
 def _from_npz(path: Path) -> _Rows:
     try:
-        with np.load(path, allow_pickle=False) as kept:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as kept:
             arrays = {key: kept[key] for key in kept.files if key in ("x", "y")}
             found = kept.files
     except Exception as error:
