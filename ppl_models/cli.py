@@ -1,51 +1,473 @@
-"""The command line: models, guides, compare."""
+"""The command line: fit, evaluate, sample, generate, compare, models, guides, show."""
 
 from __future__ import annotations
 
+import inspect
+import json
+import math
 import sys
+import warnings
+from collections.abc import Iterable, Mapping
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal, cast
 
+import numpy as np
+import pandas as pd
 import torch
 import typer
 
 from guides.fitting import for_model
-from guides.registry import GUIDES, MODELS, build, lookup
+from guides.registry import GUIDES, MODELS, ModelEntry, build, lookup
+from ppl_models.core.random import seeded
 from ppl_models.core.table import text_table
-from ppl_models.data import Dataset, load
+from ppl_models.core.types import Refinable
+from ppl_models.data import Dataset, dataset, load
+from ppl_models.evaluate import Scorecard, score
 from ppl_models.evaluate import compare as compare_guides
-from ppl_models.infer import NUTS
+from ppl_models.evaluate import generate as draw_rows
+from ppl_models.evaluate.pictures import (
+    plot_interpolation,
+    plot_latents,
+    plot_reconstructions,
+    plot_samples,
+)
+from ppl_models.infer import NUTS, Fit
+from ppl_models.infer import fit as train
+from ppl_models.infer import sample as sample_posterior
+from ppl_models.runs import Run, load_run, save_run
 
 app = typer.Typer(
     name="ppl-models",
-    help="Deep probabilistic models in Pyro: train them, swap guides, see how good the guides are.",
+    help="""Deep probabilistic models in Pyro: train them, swap guides, see how good they are.
+
+    Start here:
+
+    \b
+      ppl-models models                          what there is
+      ppl-models fit vae --epochs 20             train one on handwritten digits, and save it
+      ppl-models evaluate runs/vae-amortized     how good its guide is, on test rows
+      ppl-models compare vae --epochs 20         the same for several guides, side by side
+
+    Tables go to standard output, progress to standard error. `ppl-models COMMAND --help` has an
+    example for each option.""",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
 
+
+class Binarization(StrEnum):
+    """How grey values become 0 and 1."""
+
+    NONE = "none"
+    THRESHOLD = "threshold"
+    STATIC = "static"
+    DYNAMIC = "dynamic"
+
+
 Model = Annotated[str, typer.Argument(help="A model by name, as `ppl-models models` lists them.")]
-Data = Annotated[str, typer.Option("--data", help="Data set, such as digits (needs no download).")]
+RunFolder = Annotated[Path, typer.Argument(help="Folder of a run that `ppl-models fit` saved.")]
+Data = Annotated[
+    str,
+    typer.Option(
+        "--data",
+        help="A data set by name (digits, mnist, olivetti, uci/boston, ...; digits needs no "
+        "download), or your own: a .csv, .tsv, .npy or .npz file, or a folder of images. "
+        "Such as --data mnist, --data cells.csv, --data photos/.",
+    ),
+]
+OtherData = Annotated[
+    str | None,
+    typer.Option(
+        "--data",
+        help="Another data set with the same columns; by default that of the run. "
+        "Such as --data digits.",
+    ),
+]
+Target = Annotated[
+    str | None,
+    typer.Option(
+        help="Column of your table that holds labels, not data. Such as --target species."
+    ),
+]
+Split = Annotated[
+    int, typer.Option(help="Which of the splits of uci/*, 0 to 19. Such as --split 3.", min=0)
+]
+TestShare = Annotated[
+    float,
+    typer.Option(
+        "--test",
+        help="Share, or number, of your own rows that are held out to test. Such as --test 0.1.",
+    ),
+]
+ImageSize = Annotated[
+    str | None,
+    typer.Option(
+        help="Height x width that your own images are brought to. Such as --image-size 28x28."
+    ),
+]
+Binarize = Annotated[
+    Binarization | None,
+    typer.Option(
+        help="How grey values become 0 and 1: at a threshold of half, by one static draw, by a "
+        "dynamic draw for each epoch, or not. By default what suits the model. "
+        "Such as --binarize dynamic."
+    ),
+]
+Standardize = Annotated[
+    bool,
+    typer.Option(
+        "--standardize",
+        help="Give each column mean 0 and scale 1, by the training rows; for tables of real values.",
+    ),
+]
+LatentDim = Annotated[
+    int | None,
+    typer.Option(help="Latent features of each row. Such as --latent-dim 2.", min=1),
+]
+Hidden = Annotated[
+    str | None,
+    typer.Option(
+        help="Units of each hidden layer of the networks, with commas between; none for linear "
+        "ones. Such as --hidden 200,200."
+    ),
+]
+Epochs = Annotated[
+    int, typer.Option(help="Passes over the training rows. Such as --epochs 50.", min=1)
+]
+BatchSize = Annotated[
+    int, typer.Option(help="Rows in a training step. Such as --batch-size 100.", min=1)
+]
+LearningRate = Annotated[float, typer.Option(help="Learning rate of Adam. Such as --lr 1e-3.")]
+Particles = Annotated[
+    int, typer.Option(help="Draws a row for log p(x). Such as --particles 5000.", min=2)
+]
+Reference = Annotated[
+    bool,
+    typer.Option(help="Sample a few test rows by NUTS as well, to compare the guide with."),
+]
+Seed = Annotated[
+    int, typer.Option(help="Seed of everything that is drawn. Such as --seed 1.", min=0)
+]
+Device = Annotated[
+    str | None,
+    typer.Option(help="Where to work: cpu, cuda, cuda:1. Such as --device cuda."),
+]
+Threads = Annotated[
+    int,
+    typer.Option(
+        help="CPU threads; small models are fastest on one. Such as --threads 4.",
+        min=1,
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table; for scripts.")]
 
 
 @app.command()
-def models() -> None:
-    """List the models, and the guides that `compare` takes for each.
+def models(as_json: Json = False) -> None:
+    """List the models: what they are, what can be chosen, which guides are compared.
 
-    Example: ppl-models models
+    \b
+    Examples:
+      ppl-models models
+      ppl-models models --json
     """
+    if as_json:
+        kept = ("name", "summary", "sizes", "binarize", "guides")
+        _print_json([{key: getattr(entry, key) for key in kept} for entry in MODELS.values()])
+        return
     rows = [(e.name, e.summary, ", ".join(e.guides)) for e in MODELS.values()]
     typer.echo(text_table(("model", "what it is", "guides compared"), rows))
 
 
 @app.command()
-def guides(model: Model, data: Data = "digits") -> None:
+def guides(
+    model: Model,
+    data: Data = "digits",
+    target: Target = None,
+    as_json: Json = False,
+) -> None:
     """List the guides and families that fit a model, and why the others do not.
 
-    Example: ppl-models guides vae
+    \b
+    Examples:
+      ppl-models guides vae
+      ppl-models guides ppca --json
     """
-    typer.echo(str(for_model(build(model, _data(model, data)))))
+    entry = lookup("model", model, MODELS)
+    choices = for_model(build(model, _dataset(entry, data=data, target=target)))
+    if as_json:
+        _print_json([vars(choice) for choice in choices])
+    else:
+        typer.echo(str(choices))
+
+
+@app.command()
+def fit(
+    model: Model,
+    data: Data = "digits",
+    guide: Annotated[
+        str | None,
+        typer.Option(
+            help=f"One of {', '.join(GUIDES)}; by default the first that `ppl-models models` "
+            "shows. Such as --guide flow."
+        ),
+    ] = None,
+    latent_dim: LatentDim = None,
+    hidden: Hidden = None,
+    epochs: Epochs = 200,
+    batch_size: BatchSize = 64,
+    lr: LearningRate = 3e-3,
+    target: Target = None,
+    split: Split = 0,
+    test: TestShare = 0.2,
+    image_size: ImageSize = None,
+    binarize: Binarize = None,
+    standardize: Standardize = False,
+    seed: Seed = 0,
+    device: Device = None,
+    threads: Threads = 1,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for the run and its pictures; a run in it is replaced. By default "
+            "runs/MODEL-GUIDE. Such as --out runs/first."
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Train a model with a guide, save the run, and draw what it learnt.
+
+    Ctrl-C ends the training early and saves what was learnt so far.
+
+    \b
+    Examples:
+      ppl-models fit vae --epochs 5
+      ppl-models fit vae --guide flow --latent-dim 2 --epochs 5 --out runs/flow
+      ppl-models fit ppca --data digits --epochs 5 --json
+    """
+    torch.set_num_threads(threads)
+    entry = lookup("model", model, MODELS)
+    guide = entry.guides[0] if guide is None else guide
+    make = lookup("guide", guide, GUIDES)
+    spec = {
+        "data": data,
+        "target": target,
+        "split": split,
+        "test": test,
+        "image_size": image_size,
+        "binarize": binarize,
+        "standardize": standardize,
+    }
+    rows = _dataset(entry, **spec)
+    sizes = _sizes(entry, latent_dim, hidden)
+    out = _folder(Path("runs") / f"{model}-{guide}" if out is None else out)
+    typer.echo(f"{model} with {guide} on {_describe(rows)}", err=True)
+    program = build(model, rows, seed=seed, **sizes)
+    with seeded(seed):
+        mine = make(program, len(rows.x), _units(hidden))
+    result = train(
+        program,
+        mine,
+        rows.x,
+        epochs=epochs,
+        batch_size=batch_size,
+        lr=lr,
+        seed=seed,
+        device=device,
+    )
+    if Path(data).exists():
+        spec["data"] = str(Path(data).resolve())
+    save_run(out, result, info={"model": model, "guide": guide, **spec})
+    pictures = _pictures(out, result, rows, seed)
+    figures = {
+        "model": model,
+        "guide": guide,
+        "data": rows.name,
+        "run": str(out),
+        "steps": result.steps,
+        "epochs": result.epochs,
+        "seconds": result.seconds,
+        "interrupted": result.interrupted,
+        "bound_last_epoch": _last_bound(result),
+    }
+    if as_json:
+        _print_json(figures)
+    else:
+        typer.echo(
+            _listed(
+                figures | {"bound_last_epoch": f"{_last_bound(result):.3f} nats per training row"}
+            )
+        )
+    _say_written(out, [out / "config.json", *pictures])
+    typer.echo(f"Next: ppl-models evaluate {out}", err=True)
+
+
+@app.command()
+def evaluate(
+    run: RunFolder,
+    data: OtherData = None,
+    binarize: Binarize = None,
+    particles: Particles = 1000,
+    reference: Reference = True,
+    seed: Seed = 0,
+    device: Device = None,
+    threads: Threads = 1,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for tables and pictures. Such as --out report."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Say how good a trained guide is, on test rows: bound, evidence, gap, beside NUTS.
+
+    \b
+    Examples:
+      ppl-models evaluate runs/vae-amortized
+      ppl-models evaluate runs/vae-amortized --particles 100 --no-reference --json
+      ppl-models evaluate runs/vae-amortized --no-reference --out report
+    """
+    torch.set_num_threads(threads)
+    loaded, rows = _run(run, device, data, binarize)
+    folder = None if out is None else _folder(out)
+    card = score(
+        loaded.fit,
+        rows.x_test,
+        name=loaded.info.get("guide"),
+        particles=particles,
+        seed=seed,
+        reference=NUTS() if reference else None,
+    )
+    _print_card(card, as_json)
+    if folder is not None:
+        _say_written(
+            folder, [*_write_card(folder, card), *_pictures(folder, loaded.fit, rows, seed)]
+        )
+
+
+@app.command()
+def sample(
+    run: RunFolder,
+    data: OtherData = None,
+    binarize: Binarize = None,
+    rows: Annotated[
+        int,
+        typer.Option(help="Test rows whose latents are sampled. Such as --rows 8.", min=1),
+    ] = 4,
+    chains: Annotated[int, typer.Option(help="Independent chains. Such as --chains 2.", min=1)] = 4,
+    draws: Annotated[
+        int, typer.Option(help="Draws kept from each chain. Such as --draws 1000.", min=4)
+    ] = 500,
+    warmup: Annotated[
+        int,
+        typer.Option(help="Transitions before that, for adaptation. Such as --warmup 200.", min=0),
+    ] = 500,
+    seed: Seed = 0,
+    device: Device = None,
+    threads: Threads = 1,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for the draws (draws.npz) and their pictures. Such as --out posterior."
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Sample the posterior of the latents of a few test rows by NUTS, the model as trained.
+
+    For new rows from the model see `ppl-models generate`.
+
+    \b
+    Examples:
+      ppl-models sample runs/vae-amortized --rows 1 --draws 50 --warmup 50
+      ppl-models sample runs/vae-amortized --rows 1 --draws 50 --warmup 50 --out posterior
+    """
+    torch.set_num_threads(threads)
+    loaded, dataset = _run(run, device, data, binarize)
+    folder = None if out is None else _folder(out)
+    posterior = sample_posterior(
+        loaded.model,
+        dataset.x_test[:rows],
+        rows=True,
+        chains=chains,
+        draws=draws,
+        warmup=warmup,
+        seed=seed,
+    )
+    if as_json:
+        table = posterior.summary()
+        _print_json(
+            {
+                "chains": posterior.chains,
+                "draws": posterior.draws,
+                "warmup": posterior.warmup,
+                "seconds": posterior.seconds,
+                "divergences": int(posterior.divergences.sum()),
+                "sites": table.reset_index(names="element").to_dict("records"),
+            }
+        )
+    else:
+        typer.echo(str(posterior))
+    if folder is not None:
+        file = folder / "draws.npz"
+        draws_by_site: dict[str, Any] = {name: v.cpu().numpy() for name, v in posterior.items()}
+        np.savez(file, **draws_by_site)
+        _say_written(folder, [file, _saved(posterior.plot(), folder / "posterior.png")])
+
+
+@app.command()
+def generate(
+    run: RunFolder,
+    size: Annotated[int, typer.Option(help="Rows to draw. Such as --size 16.", min=1)] = 64,
+    seed: Seed = 0,
+    device: Device = None,
+    threads: Threads = 1,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for the rows (samples.csv) and their picture. Such as --out invented."
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Draw new rows from a trained model: what it thinks data look like.
+
+    \b
+    Examples:
+      ppl-models generate runs/vae-amortized --size 16 --out invented
+    """
+    torch.set_num_threads(threads)
+    loaded = load_run(run, device=device)
+    known = _known_data(loaded)
+    folder = None if out is None else _folder(out)
+    rows = draw_rows(loaded.model, size, seed=seed).cpu()
+    if as_json:
+        _print_json(rows.tolist())
+    else:
+        columns = {f"{size} new rows": rows}
+        if known is not None:
+            columns[f"{len(known.x_test)} test rows"] = known.x_test
+        moments = {
+            "mean": torch.mean,
+            "sd": torch.std,
+            "least": torch.min,
+            "most": torch.max,
+        }
+        lines = [
+            (name, *(f"{of(values).item():.4g}" for values in columns.values()))
+            for name, of in moments.items()
+        ]
+        typer.echo(text_table(("of all values", *columns), lines, right=" rr"))
+    if folder is not None:
+        file = folder / "samples.csv"
+        pd.DataFrame(rows.flatten(1).numpy()).to_csv(file, index=False)
+        written = [file]
+        if known is not None and known.image_shape is not None:
+            figure = plot_samples(loaded.model, size, image_shape=known.image_shape, seed=seed)
+            written.append(_saved(figure, folder / "samples.png"))
+        _say_written(folder, written)
 
 
 @app.command()
@@ -56,49 +478,65 @@ def compare(
         str | None,
         typer.Option(
             help=f"Guides to compare, with commas between: {', '.join(GUIDES)}. "
-            "By default those that `ppl-models models` shows."
+            "By default those that `ppl-models models` shows. Such as --guides amortized,flow."
         ),
     ] = None,
-    epochs: Annotated[int, typer.Option(help="Passes over the training rows.", min=1)] = 200,
-    batch_size: Annotated[int, typer.Option(help="Rows in a training step.", min=1)] = 64,
-    lr: Annotated[float, typer.Option(help="Learning rate of Adam.")] = 3e-3,
-    particles: Annotated[int, typer.Option(help="Draws a row for log p(x).", min=2)] = 1000,
-    reference: Annotated[
-        bool, typer.Option(help="Sample a few test rows by NUTS, to compare with.")
-    ] = True,
-    seed: Annotated[int, typer.Option(help="Seed of everything that is drawn.", min=0)] = 0,
-    device: Annotated[str | None, typer.Option(help="Where to work: cpu, cuda, cuda:1.")] = None,
-    threads: Annotated[
-        int, typer.Option(help="CPU threads; small models are fastest on one.", min=1)
-    ] = 1,
+    latent_dim: LatentDim = None,
+    hidden: Hidden = None,
+    epochs: Epochs = 200,
+    batch_size: BatchSize = 64,
+    lr: LearningRate = 3e-3,
+    particles: Particles = 1000,
+    reference: Reference = True,
+    target: Target = None,
+    split: Split = 0,
+    test: TestShare = 0.2,
+    image_size: ImageSize = None,
+    binarize: Binarize = None,
+    standardize: Standardize = False,
+    seed: Seed = 0,
+    device: Device = None,
+    threads: Threads = 1,
     out: Annotated[
         Path | None,
-        typer.Option(help="Folder for scorecard.csv and scorecard.html; made if missing."),
+        typer.Option(
+            help="Folder for scorecard.csv, .html and .png; made if missing. Such as --out report."
+        ),
     ] = None,
+    as_json: Json = False,
 ) -> None:
     """Train a model with several guides from the same start, and score them on test rows.
 
-    Example: ppl-models compare vae --guides amortized,flow --epochs 50 --out report
+    \b
+    Examples:
+      ppl-models compare vae --guides amortized,flow --epochs 5 --out report
+      ppl-models compare ppca --epochs 5 --no-reference --json
     """
     torch.set_num_threads(threads)
-    dataset = _data(model, data)
     entry = lookup("model", model, MODELS)
+    rows = _dataset(
+        entry,
+        data=data,
+        target=target,
+        split=split,
+        test=test,
+        image_size=image_size,
+        binarize=binarize,
+        standardize=standardize,
+    )
     names = entry.guides if guides is None else tuple(name.strip() for name in guides.split(","))
-    rows = len(dataset.x)
+    size, units = len(rows.x), _units(hidden)
     factories = {}
     for name in names:
         make = lookup("guide", name, GUIDES)
-        factories[name] = lambda program, make=make: make(program, rows)
-    if out is not None and out.exists() and not out.is_dir():
-        raise ValueError(f"--out must name a folder, but '{out}' is a file.")
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-    typer.echo(f"{model} on {_describe(dataset)}: {', '.join(names)}", err=True)
+        factories[name] = lambda program, make=make: make(program, size, units)
+    folder = None if out is None else _folder(out)
+    typer.echo(f"{model} on {_describe(rows)}: {', '.join(names)}", err=True)
     card = compare_guides(
-        build(model, dataset, seed=seed),
+        build(model, rows, seed=seed, **_sizes(entry, latent_dim, hidden)),
         factories,
-        dataset.x,
-        dataset.x_test,
+        rows.x,
+        rows.x_test,
         epochs=epochs,
         batch_size=batch_size,
         lr=lr,
@@ -107,16 +545,121 @@ def compare(
         device=device,
         reference=NUTS() if reference else None,
     )
-    typer.echo(str(card))
+    _print_card(card, as_json)
+    if folder is not None:
+        _say_written(folder, _write_card(folder, card))
+
+
+@app.command()
+def show(
+    run: RunFolder,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for pictures of it. Such as --out pictures."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Show what a run holds: model, guide, data, training, versions.
+
+    \b
+    Examples:
+      ppl-models show runs/vae-amortized
+      ppl-models show runs/vae-amortized --out pictures
+    """
+    loaded = load_run(run)
+    config, result = loaded.config, loaded.fit
+    figures = {
+        "run": str(run),
+        "saved": config["saved"],
+        "model": _made_of(config["model"]),
+        "guide": _made_of(config["guide"]),
+        **{k: v for k, v in loaded.info.items() if v is not None and k not in ("model", "guide")},
+        **{name: value for name, value in result.settings.items() if value is not None},
+        "epochs": result.epochs,
+        "seconds": result.seconds,
+        "interrupted": result.interrupted,
+        "bound_first_step": result.bounds[0].item(),
+        "bound_last_epoch": _last_bound(result),
+        "versions": config["versions"],
+        "files": {kind: about["name"] for kind, about in config["files"].items()},
+    }
+    if as_json:
+        _print_json(figures)
+    else:
+        typer.echo(_listed(figures))
     if out is not None:
-        card.to_pandas().to_csv(out / "scorecard.csv")
-        card.to_html(out / "scorecard.html")
-        typer.echo(f"Written: {out / 'scorecard.csv'}, {out / 'scorecard.html'}", err=True)
+        folder = _folder(out)
+        _say_written(folder, _pictures(folder, result, _known_data(loaded), 0))
 
 
-def _data(model: str, data: str) -> Dataset:
-    """Load a data set in the form that a model needs."""
-    return load(data, binarize=lookup("model", model, MODELS).binarize)
+def _dataset(
+    entry: ModelEntry | None,
+    *,
+    data: str,
+    target: str | None = None,
+    split: int = 0,
+    test: float = 0.2,
+    image_size: str | None = None,
+    binarize: str | None = None,
+    standardize: bool = False,
+) -> Dataset:
+    """Load a data set in the form that a model needs, unless another one is asked for."""
+    if Path(data).exists():
+        size = None if image_size is None else _image_size(image_size)
+        share = test if test < 1 else int(test)
+        rows = dataset(data, y=target, test=share, image_size=size)
+    else:
+        # Larochelle's static MNIST is a file of its own.
+        how = "static" if (data, binarize) == ("mnist", "static") else None
+        rows = load(data, split=split, binarize=how)
+    if standardize:
+        return rows.standardized()
+    if rows.binarize is not None or binarize == "none":
+        return rows
+    if binarize is not None:
+        return rows.binarized(cast("Literal['threshold', 'static', 'dynamic']", str(binarize)))
+    return rows if entry is None else _suited(entry, rows)
+
+
+def _suited(entry: ModelEntry, rows: Dataset) -> Dataset:
+    """Make grey values binary for a model of binary data; refuse others, and name other models."""
+    values = rows.x_test
+    if entry.binarize is None or bool(((values == 0) | (values == 1)).all()):
+        return rows
+    low, high = (value.item() for value in values.aminmax())
+    if low < 0 or high > 1:
+        others = ", ".join(e.name for e in MODELS.values() if e.binarize is None)
+        raise ValueError(
+            f"{entry.name} is for values 0 and 1, or for grey values from 0 to 1 that can be made "
+            f"binary, but {rows.name} has values from {low:.4g} to {high:.4g}. "
+            f"Take a model of real values: {others}."
+        )
+    return rows.binarized(entry.binarize)
+
+
+def _run(
+    path: Path, device: str | None, data: str | None, binarize: str | None
+) -> tuple[Run, Dataset]:
+    """Read a run, and the data it was trained on or others in their place."""
+    loaded = load_run(path, device=device)
+    if data is None:
+        rows = _known_data(loaded)
+        if rows is None:
+            raise ValueError(
+                f"'{path}' was saved without the name of its data, so say which: --data digits."
+            )
+        return loaded, rows
+    entry = MODELS.get(loaded.info.get("model", ""))
+    return loaded, _dataset(entry, data=data, binarize=binarize)
+
+
+def _known_data(loaded: Run) -> Dataset | None:
+    """Load the data that a run says it was trained on; None if it does not say."""
+    if not isinstance(loaded.info.get("data"), str):
+        return None
+    takes = inspect.signature(_dataset).parameters
+    spec = {name: value for name, value in loaded.info.items() if name in takes}
+    return _dataset(MODELS.get(loaded.info.get("model", "")), **spec)
 
 
 def _describe(data: Dataset) -> str:
@@ -124,8 +667,159 @@ def _describe(data: Dataset) -> str:
     return f"{data.name}{form} ({len(data.x)} training rows, {len(data.x_test)} test rows)"
 
 
+def _sizes(entry: ModelEntry, latent_dim: int | None, hidden: str | None) -> dict[str, Any]:
+    """Return the sizes that were asked for; `hidden` is the encoder's alone in a linear model."""
+    sizes: dict[str, Any] = {} if latent_dim is None else {"latent_dim": latent_dim}
+    if hidden is not None and "hidden" in entry.sizes:
+        sizes["hidden"] = _units(hidden)
+    return sizes
+
+
+def _units(hidden: str | None) -> tuple[int, ...]:
+    """Read the units of hidden layers: "200,200", or "none"."""
+    if hidden is None:
+        return (64,)
+    if hidden.strip().lower() in ("", "none"):
+        return ()
+    try:
+        units = tuple(int(part) for part in hidden.split(","))
+    except ValueError:
+        units = (0,)
+    if min(units) < 1:
+        raise ValueError(
+            f"--hidden must be positive integers with commas between, such as 200,200, or none; "
+            f"got {hidden!r}."
+        )
+    return units
+
+
+def _image_size(text: str) -> tuple[int, int]:
+    sides = text.lower().split("x")
+    if len(sides) != 2 or not all(side.isdigit() and int(side) > 0 for side in sides):
+        raise ValueError(f"--image-size must be height x width, such as 28x28; got {text!r}.")
+    return int(sides[0]), int(sides[1])
+
+
+def _folder(out: Path) -> Path:
+    """Make the folder for results before the work begins."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out must name a folder, but '{out}' is a file.")
+    out.mkdir(parents=True, exist_ok=True)
+    return out
+
+
+def _last_bound(result: Fit) -> float:
+    """Mean bound of the last epoch, nats per row."""
+    steps = round(result.steps / result.epochs) if result.epochs else 1
+    return result.bounds[-max(1, steps) :].mean().item()
+
+
+def _pictures(folder: Path, result: Fit, data: Dataset | None, seed: int) -> list[Path]:
+    """Draw what there is to see of a trained pair."""
+    files = [_saved(result.plot(), folder / "bounds.png")]
+    if data is None:
+        return files
+    model, guide, shape = result.model, result.guide, data.image_shape
+    x, y = data.x_test[:2000], None if data.y_test is None else data.y_test[:2000]
+    if isinstance(guide, Refinable):
+        x, y = x[:200], None if y is None else y[:200]
+        guide = guide.refine(x, seed=seed)
+    options: dict[str, Any] = {"image_shape": shape, "seed": seed}
+    files.append(_saved(plot_latents(model, guide, x, y, **options), folder / "latents.png"))
+    if shape is None:
+        return files
+    for name, figure in (
+        ("reconstructions", plot_reconstructions(model, guide, x, **options)),
+        ("samples", plot_samples(model, **options)),
+        ("interpolation", plot_interpolation(model, guide, x, **options)),
+    ):
+        files.append(_saved(figure, folder / f"{name}.png"))
+    return files
+
+
+def _saved(figure: Any, file: Path) -> Path:
+    figure.savefig(file)
+    return file
+
+
+def _write_card(folder: Path, card: Scorecard) -> list[Path]:
+    card.to_pandas().to_csv(folder / "scorecard.csv")
+    card.to_html(folder / "scorecard.html")
+    picture = _saved(card.plot(), folder / "scorecard.png")
+    return [folder / "scorecard.csv", folder / "scorecard.html", picture]
+
+
+def _print_card(card: Scorecard, as_json: bool) -> None:
+    if as_json:
+        entries = card.to_pandas().reset_index().to_dict("records")
+        _print_json({"guides": entries, "settings": card.settings, "notes": list(card.notes)})
+    else:
+        typer.echo(str(card))
+
+
+def _print_json(value: Any) -> None:
+    typer.echo(json.dumps(_plain(value), indent=2, allow_nan=False))
+
+
+def _plain(value: Any) -> Any:
+    """Turn what JSON does not know into what it does: what is not a number becomes null."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if isinstance(value, bool | int | float | str | None) else str(value)
+
+
+def _listed(figures: Mapping[str, Any]) -> str:
+    """Lay out names and values, one a line."""
+    rows = []
+    for name, value in figures.items():
+        if isinstance(value, Mapping):
+            value = ", ".join(f"{key} {part}" for key, part in value.items())
+        elif isinstance(value, float):
+            value = f"{value:.4g}"
+        rows.append((name.replace("_", " "), str(value)))
+    return text_table(("", ""), rows).partition("\n")[2]
+
+
+def _made_of(about: Mapping[str, Any]) -> str:
+    """Name a saved program with what it was made with."""
+    if about["recipe"] is None:
+        return f"{about['kind']} ({about['yours']})"
+    arguments = about["recipe"]["arguments"].items()
+    given = [f"{name}={_short(value)}" for name, value in arguments if value is not None]
+    return f"{about['kind']}({', '.join(given)})"
+
+
+def _short(value: Any) -> str:
+    match value:
+        case {"name": str(name), "arguments": dict(parts)}:
+            inside = ", ".join(
+                f"{k}={_short(v)}" for k, v in parts.items() if v not in (None, {"mapping": {}})
+            )
+            return f"{name.rpartition('.')[2]}({inside})"
+        case {"itself": str(name)}:
+            return name.rpartition(".")[2]
+        case {"mapping": dict(parts)}:
+            return "{" + ", ".join(f"{k}: {_short(v)}" for k, v in parts.items()) + "}"
+        case {"tensor": _}:
+            return "..."
+        case list():
+            return "(" + ", ".join(map(_short, value)) + ")"
+    return str(value)
+
+
+def _say_written(folder: Path, files: Iterable[Path]) -> None:
+    typer.echo(f"Written to {folder}: {', '.join(file.name for file in files)}", err=True)
+
+
 def main() -> None:
     """Run the command line; what a user can get wrong is told in one line."""
+    warnings.showwarning = lambda message, *_: typer.echo(f"ppl-models: {message}", err=True)
     try:
         app(standalone_mode=True)
     except (ValueError, FloatingPointError, OSError) as error:

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
+from sklearn.datasets import load_wine
 from typer.testing import CliRunner
 
-from guides.registry import GUIDES, MODELS
-from ppl_models import cli
+from guides import Exact, for_model
+from guides.registry import GUIDES, MODELS, build
+from ppl_models import PPCA, cli
+from ppl_models.core.random import seeded
+from ppl_models.data import dataset, load
+from ppl_models.evaluate import generate, score
+from ppl_models.infer import fit, sample
+from ppl_models.runs import load_run, save_run
 
 
 def run(*words) -> Any:
@@ -84,7 +94,7 @@ def test_compare_writes_a_table_and_a_page_and_reproduces_by_its_seed(tmp_path) 
     result = run(*words, "--out", str(out))
     assert torch.equal(torch.get_rng_state(), state)
     assert "binarised by threshold" in result.stderr
-    assert str(out / "scorecard.csv") in result.stderr
+    assert f"Written to {out}: scorecard.csv, scorecard.html, scorecard.png" in result.stderr
     frame = pd.read_csv(out / "scorecard.csv", index_col="guide")
     assert list(frame.index) == ["amortized", "full"]
     assert f"{frame.loc['full', 'elbo']:.3f} +- " in result.stdout
@@ -114,9 +124,17 @@ def test_compare_writes_a_table_and_a_page_and_reproduces_by_its_seed(tmp_path) 
         ),
         (
             ["compare", "vae", "--data", "digit"],
-            "there is no data set 'digit'. Did you mean 'digits'? Known: digits.",
+            "there is no data set 'digit'. Did you mean 'digits'? Known: digits, mnist, ",
         ),
-        (["guides", "vae", "--data", "mnist"], "there is no data set 'mnist'."),
+        (["fit", "vae", "--data", "wine.csv"], "vae is for values 0 and 1, or for grey values"),
+        (["fit", "ppca", "--binarize", "static", "--data", "wine.csv"], "wine: binarize="),
+        (["fit", "vae", "--hidden", "64;64"], "--hidden must be positive integers"),
+        (["fit", "ppca", "--latent-dim", "65"], "PPCA: latent_dim must be in [1, 64], got 65."),
+        (["fit", "vae", "--image-size", "8", "--data", "."], "--image-size must be height x width"),
+        (["evaluate", "runs/vea"], "load_run: there is no run in 'runs/vea'"),
+        (["sample", "runs/vea"], "load_run: there is no run in 'runs/vea'"),
+        (["generate", "runs/vea"], "load_run: there is no run in 'runs/vea'"),
+        (["show", "runs/vea"], "load_run: there is no run in 'runs/vea'"),
         (["compare", "vae", "--lr", "-1", "--epochs", "1"], "fit: lr must be > 0, got -1.0."),
         (
             ["compare", "vae", "--guides", "exact", "--epochs", "1"],
@@ -126,7 +144,11 @@ def test_compare_writes_a_table_and_a_page_and_reproduces_by_its_seed(tmp_path) 
         (["compare", "ppca", "--device", "moon"], "device: torch knows no device 'moon'"),
     ],
 )
-def test_what_a_user_gets_wrong_is_told_in_one_line(fails, words, said) -> None:
+def test_what_a_user_gets_wrong_is_told_in_one_line(
+    fails, words, said, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    load_wine(as_frame=True).data.to_csv("wine.csv", index=False)
     lines = [line for line in fails(*words) if " on digits" not in line]
     assert len(lines) == 1
     assert lines[0].startswith(f"ppl-models: {said}")
@@ -138,6 +160,194 @@ def test_a_cuda_device_that_is_not_there_is_told_in_one_line(fails) -> None:
     assert len(lines) == 1
     assert lines[0].startswith("ppl-models: device: 'cuda' was asked for, but torch")
     assert "Use device='cpu'" in lines[0]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> Path:
+    """A run of each kind, two epochs long."""
+    folder = tmp_path_factory.mktemp("runs")
+    wine = load_wine(as_frame=True)
+    wine.data.assign(cultivar=wine.target).to_csv(folder / "wine.csv", index=False)
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        run("fit", "vae", "--epochs", "2", "--seed", "5", "--out", str(folder / "vae"))
+        run("fit", "vae", "--guide", "local", "--epochs", "1", "--out", str(folder / "local"))
+        table = ["--data", str(folder / "wine.csv"), "--target", "cultivar", "--standardize"]
+        words = ["fit", "ppca", *table, "--latent-dim", "2", "--epochs", "2"]
+        run(*words, "--out", str(folder / "wine"))
+    finally:
+        torch.set_default_dtype(dtype)
+    return folder
+
+
+def test_fit_saves_the_pair_that_the_library_trains(saved) -> None:
+    torch.set_default_dtype(torch.float32)
+    digits = load("digits", binarize="threshold")
+    model = build("vae", digits, seed=5)
+    with seeded(5):
+        guide = GUIDES["amortized"](model, len(digits.x), (64,))
+    result = fit(model, guide, digits.x, epochs=2, batch_size=64, lr=3e-3, seed=5)
+    loaded = load_run(saved / "vae")
+    assert torch.equal(loaded.fit.bounds, result.bounds)
+    assert loaded.info["model"] == "vae"
+    assert loaded.config["training"]["settings"] == result.settings
+
+
+def test_fit_is_the_same_for_the_same_seed_and_leaves_the_global_stream_alone(tmp_path) -> None:
+    words = ["fit", "vae", "--epochs", "1", "--seed", "2", "--out"]
+    state = torch.get_rng_state()
+    bounds = []
+    for name in ("one", "two"):
+        torch.manual_seed(len(name) + len(bounds))
+        run(*words, str(tmp_path / name))
+        bounds.append(load_run(tmp_path / name).fit.bounds)
+    assert torch.equal(*bounds)
+    torch.set_rng_state(state)
+    run(*words, str(tmp_path / "three"))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_fit_draws_what_suits_the_data(saved) -> None:
+    pictures = {
+        name: {file.stem for file in (saved / name).glob("*.png")} for name in ("vae", "wine")
+    }
+    assert pictures["vae"] == {"bounds", "latents", "reconstructions", "samples", "interpolation"}
+    assert pictures["wine"] == {"bounds", "latents"}
+
+
+def test_evaluate_prints_the_scorecard_of_the_library(saved) -> None:
+    torch.set_default_dtype(torch.float32)
+    words = ["evaluate", str(saved / "vae"), "--particles", "20", "--no-reference", "--seed", "4"]
+    printed = json.loads(run(*words, "--json").stdout)
+    loaded = load_run(saved / "vae")
+    test = load("digits", binarize="threshold").x_test
+    card = score(loaded.fit, test, particles=20, seed=4, reference=None)
+    entry = card.entries[0]
+    (row,) = printed["guides"]
+    assert row["guide"] == "amortized"
+    assert (row["elbo"], row["log_evidence"]) == (entry.elbo.mean, entry.evidence.mean)
+    assert row["gap"] == entry.gap
+    assert row["mean_error"] is None  # NaN is not JSON
+    assert f"{entry.elbo.mean:.3f} +- " in run(*words).stdout
+
+
+def test_evaluate_refines_a_guide_with_parameters_for_each_row(saved) -> None:
+    words = ["evaluate", str(saved / "local"), "--particles", "2", "--no-reference"]
+    assert "local was refined on the test rows" in run(*words).stdout
+
+
+def test_evaluate_takes_other_data_and_says_when_none_is_known(saved, fails, tmp_path) -> None:
+    torch.set_default_dtype(torch.float32)
+    model = PPCA(64, 2)
+    x = load("digits").x
+    save_run(tmp_path, fit(model, Exact(model), x, steps=1, seed=0))
+    said = fails("evaluate", str(tmp_path))
+    assert len(said) == 1
+    assert said[0].endswith("was saved without the name of its data, so say which: --data digits.")
+    words = ["evaluate", str(tmp_path), "--data", "digits", "--particles", "2", "--no-reference"]
+    assert run(*words).stdout.splitlines()[1].startswith("Exact")
+    said = fails("evaluate", str(saved / "wine"), "--data", "digits", "--no-reference")
+    assert len(said) == 1
+    assert "cannot be run on this data" in said[0] or "shape" in said[0]
+
+
+def test_a_run_on_a_table_of_ones_own_finds_it_again_from_anywhere(
+    saved, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["evaluate", str(saved / "wine"), "--particles", "2", "--no-reference", "--json"]
+    printed = json.loads(run(*words).stdout)
+    assert printed["settings"]["data"] == "142 training and 36 test rows"
+    assert abs(printed["guides"][0]["gap"]) < 1e-3  # exact
+
+
+def test_sample_prints_and_writes_the_draws_of_the_library(saved, tmp_path) -> None:
+    torch.set_default_dtype(torch.float32)
+    sizes = {"chains": 2, "draws": 10, "warmup": 10}
+    words = ["sample", str(saved / "wine"), "--rows", "2", "--seed", "1", "--out", str(tmp_path)]
+    words += [word for name, size in sizes.items() for word in (f"--{name}", str(size))]
+    result = run(*words)
+    loaded = load_run(saved / "wine")
+    wine = dataset(saved / "wine.csv", y="cultivar", standardize=True)
+    posterior = sample(loaded.model, wine.x_test[:2], rows=True, seed=1, **sizes)
+    drawn = np.load(tmp_path / "draws.npz")["z"]
+    np.testing.assert_array_equal(drawn, posterior["z"].numpy())
+    assert "2 chains of 10 draws after 10 of warm-up" in result.stdout
+    assert (tmp_path / "posterior.png").stat().st_size > 1000
+    printed = json.loads(run(*words, "--json").stdout)
+    assert [site["element"] for site in printed["sites"]] == [
+        "z[0,0]",
+        "z[0,1]",
+        "z[1,0]",
+        "z[1,1]",
+    ]
+    assert printed["sites"][0]["mean"] == pytest.approx(
+        posterior.mean()["z"][0, 0].item(), rel=1e-5
+    )
+
+
+def test_generate_draws_the_rows_of_the_library(saved, tmp_path) -> None:
+    words = ["generate", str(saved / "vae"), "--size", "3", "--seed", "7"]
+    rows = np.array(json.loads(run(*words, "--json").stdout))
+    torch.set_default_dtype(torch.float32)
+    np.testing.assert_array_equal(rows, generate(load_run(saved / "vae").model, 3, seed=7).numpy())
+    text = run(*words, "--out", str(tmp_path)).stdout
+    np.testing.assert_array_equal(pd.read_csv(tmp_path / "samples.csv").to_numpy(), rows)
+    assert f"{rows.mean():.4g}" in text
+    assert "360 test rows" in text
+    assert (tmp_path / "samples.png").stat().st_size > 1000
+
+
+def test_show_tells_what_was_trained_and_how(saved, tmp_path) -> None:
+    lines = run("show", str(saved / "vae"), "--out", str(tmp_path)).stdout.splitlines()
+    told = {line.split("  ")[0]: line.split("  ", 1)[1].strip() for line in lines}
+    assert told["model"] == "VAE(data_dim=64, latent_dim=8, hidden=(64))"
+    assert told["guide"].startswith("Amortized(hidden=(64)")
+    assert (told["data"], told["epochs"], told["seed"]) == ("digits", "2", "5")
+    bounds = load_run(saved / "vae").fit.bounds
+    assert told["bound last epoch"] == f"{bounds[-23:].mean().item():.4g}"
+    assert (tmp_path / "bounds.png").stat().st_size > 1000
+    printed = json.loads(run("show", str(saved / "vae"), "--json").stdout)
+    assert printed["bound_last_epoch"] == bounds[-23:].mean().item()
+
+
+def test_every_table_has_a_form_for_scripts(saved) -> None:
+    listed = json.loads(run("models", "--json").stdout)
+    assert [entry["name"] for entry in listed] == list(MODELS)
+    choices = json.loads(run("guides", "ppca", "--json").stdout)
+    assert {c["name"] for c in choices if c["fits"] and not c["site"]} == set(
+        for_model(PPCA(64, 8)).fitting
+    )
+    card = json.loads(
+        run(
+            "compare", "ppca", "--epochs", "1", "--no-reference", "--particles", "2", "--json"
+        ).stdout
+    )
+    assert [row["guide"] for row in card["guides"]] == ["exact", "amortized", "local"]
+
+
+def test_sizes_reach_the_model_and_the_guide(tmp_path) -> None:
+    words = ["fit", "vae", "--latent-dim", "3", "--hidden", "7,5", "--epochs", "1"]
+    run(*words, "--out", str(tmp_path))
+    loaded = load_run(tmp_path)
+    assert loaded.model.latent_dim == 3
+    assert [p.shape[0] for p in loaded.model.decoder.parameters()] == [7, 7, 5, 5, 64, 64]
+    assert loaded.config["guide"]["recipe"]["arguments"]["hidden"] == [7, 5]
+
+
+@pytest.mark.parametrize("how", ["threshold", "static", "dynamic"])
+def test_grey_values_become_binary_as_asked(how, tmp_path) -> None:
+    words = ["fit", "vae", "--epochs", "1", "--binarize", how, "--out", str(tmp_path)]
+    assert f"binarised by {how}" in run(*words).stderr
+    assert load_run(tmp_path).info["binarize"] == how
+
+
+def test_a_failing_fit_leaves_the_run_before_it(saved, fails, tmp_path) -> None:
+    run("fit", "ppca", "--epochs", "1", "--out", str(tmp_path))
+    before = load_run(tmp_path).fit.bounds
+    fails("fit", "ppca", "--guide", "amortized", "--lr", "1e4", "--out", str(tmp_path))
+    assert torch.equal(load_run(tmp_path).fit.bounds, before)
 
 
 def test_a_folder_that_cannot_be_made_is_told_in_one_line(fails, tmp_path) -> None:

@@ -98,13 +98,16 @@ def test_the_readme_names_what_there_is() -> None:
     ]
 
 
-def test_the_python_of_the_readme_runs() -> None:
+def test_the_python_of_the_readme_runs(tmp_path, monkeypatch) -> None:
     torch.set_default_dtype(torch.float32)
     text = (ROOT / "README.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
     scope: dict = {}
     first, second = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     exec(compile(first, "README.md", "exec"), scope)  # noqa: S102 - our own text
     slope = scope["guide"].q("slope")
     exec(compile(second, "README.md", "exec"), scope)  # noqa: S102 - our own text
+    for name in ("bounds.png", "reconstructions.png", "latents.png", "runs/digits/config.json"):
+        assert (tmp_path / name).stat().st_size > 0
     assert abs(slope.mean.item() - 1.5) < 0.15
     assert slope.stddev.item() < 0.05
