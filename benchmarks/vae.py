@@ -92,7 +92,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--data", nargs="+", default=["dynamic", "static"])
     parser.add_argument("--k", nargs="+", type=int, default=[1, 5])
-    parser.add_argument("--particles", type=int, default=5000)
+    parser.add_argument("--particles", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default=None)
