@@ -16,7 +16,6 @@ import matplotlib
 import numpy as np
 from cycler import cycler
 from matplotlib.axes import Axes
-from matplotlib.backend_bases import RendererBase
 from matplotlib.figure import Figure, SubFigure
 from torch import Tensor
 
@@ -57,7 +56,6 @@ _LOOK: dict[Any, Any] = {
     "grid.linewidth": 0.6,
     "legend.fontsize": "small",
     "legend.frameon": False,
-    "savefig.dpi": 200,
     "xtick.labelsize": "small",
     "ytick.labelsize": "small",
 }
@@ -68,7 +66,8 @@ class Picture(Figure):
     """A figure that shows itself in a notebook and is saved with `savefig`.
 
     pyplot does not know it, so it opens no window and needs no closing. For a window, draw into
-    axes or a figure of pyplot: `plot(ax=plt.gca())` or `plot(figure=plt.gcf())`, `plt.show()`.
+    axes or a figure of pyplot: `plot(ax=plt.gca())` or `plot(figure=plt.gcf())`, `plt.show()`. (A
+    notebook shows what pyplot knows by itself: there, do not end a cell with it as well.)
 
     Example:
         >>> figure = picture(4, 3)
@@ -77,15 +76,10 @@ class Picture(Figure):
         b'PNG'
     """
 
-    def draw(self, renderer: RendererBase) -> None:
-        """Draw in the look: some of it, such as ticks, is made only now."""
-        with drawing():
-            super().draw(renderer)
-
     def savefig(self, fname: Any, **options: Any) -> None:
-        """Write to a file, as `matplotlib.figure.Figure.savefig` does."""
-        with drawing():
-            super().savefig(fname, **options)
+        """Write to a file as matplotlib does, with 200 dots per inch unless `dpi` says otherwise."""
+        options.setdefault("dpi", 200)
+        super().savefig(fname, **options)
 
     def show(self, warn: bool = True) -> NoReturn:
         """Say how to see the picture."""

@@ -26,7 +26,6 @@ from ppl_models.core.checks import check_count
 from ppl_models.core.minibatch import minibatch
 from ppl_models.core.modes import evaluating
 from ppl_models.core.picture import (
-    BLUE,
     COLOURS,
     drawing,
     figure_of,
@@ -244,14 +243,12 @@ def plot_interpolation(
         names = _continuous("plot_interpolation", model, table)
         means = encode(model, guide, *part, seed=seed, plate=plate)
         others = _others(model, guide, part, table, names, seed)
-    share = torch.linspace(0.0, 1.0, steps)
     latents = {}
     for latent in names:
         value = rows_first(table, latent, means[latent])[: 2 * pairs]
         start, end = value[0::2].unsqueeze(1), value[1::2].unsqueeze(1)
-        way = share.to(value).reshape(-1, *[1] * (value.ndim - 1))
-        latents[latent] = (start + (end - start) * way).flatten(0, 1)  # exact at the start
-        latents[latent][steps - 1 :: steps] = value[1::2]  # and at the end
+        share = torch.linspace(0.0, 1.0, steps).to(value).reshape(-1, *[1] * (value.ndim - 1))
+        latents[latent] = torch.lerp(start, end, share).flatten(0, 1)
     source = torch.arange(0, 2 * pairs, 2).repeat_interleave(steps)
     decoded = _decode("plot_interpolation", model, part, table, latents, others, name, source, seed)
     between = as_images(decoded, shape)
@@ -335,9 +332,9 @@ def plot_latents(
     with drawing():
         axes = _panels(ax, 2 if decoded else 1)
         points, axis_names = _plane(units, _unit_names(table, names, means))
-        _scatter(axes[0], points, labels)
         axes[0].set_xlabel(axis_names[0])
         axes[0].set_ylabel(axis_names[1])
+        _draw_rows(axes[0], points, labels)
         axes[0].set_title(f"Latents of {len(units):,} rows: {_pair(model, guide)}")
         if decoded:
             tiles, quantiles, data = decoded
@@ -380,6 +377,11 @@ def _continuous(caller: str, model: Callable[..., Any], table: SiteTable) -> lis
             f"{caller}: a continuous latent for each row is required, but {describe_program(model)} "
             f"has none inside plate '{table.plate}'; its latents are {found}. Discrete latents have "
             "no values between two values."
+        )
+    if any(table[name].data_dim is None for name in names):
+        raise ValueError(
+            f"{caller}: plate '{table.plate}' must be vectorised, but {names} are in a loop over it. "
+            f"Write `with pyro.plate('{table.plate}', len(x)):`."
         )
     return names
 
@@ -468,7 +470,7 @@ def _decoded_grid(
     source = torch.zeros(grid * grid, dtype=torch.int64)
     decoded = _decode("plot_latents", model, batch, table, values, others, name, source, seed)
     images = as_images(decoded, shape)
-    data = as_images(rows_first(table, name, table[name].value), shape)
+    data = as_images(rows_first(table, name, table[name].value)[:1000], shape)  # for their range
     return images.reshape(grid, grid, *images.shape[1:]), to_array(quantiles), data
 
 
@@ -539,43 +541,42 @@ def _labels_of(y: Any, rows: int) -> np.ndarray | None:
     return labels
 
 
-def _scatter(ax: Axes, points: np.ndarray, labels: np.ndarray | None) -> None:
+def _draw_rows(ax: Axes, points: np.ndarray, labels: np.ndarray | None) -> None:
     """Draw rows as points, or as a histogram where there is but one coordinate."""
     size = float(np.clip(6000 / len(points), 2, 24))
     line = points.shape[1] == 1
     if labels is not None and _on_a_scale(labels):
         if line:
             points = np.stack([points[:, 0], labels], 1)
+            ax.set_ylabel("label")
         drawn = ax.scatter(*points.T, c=labels, s=size, cmap="viridis", lw=0, rasterized=True)
         figure_of(ax).colorbar(drawn, ax=ax, label="label")
         return
-    groups = (
-        {None: points} if labels is None else {k: points[labels == k] for k in np.unique(labels)}
-    )
+    kinds = [] if labels is None else list(np.unique(labels))
+    groups = [points[labels == kind] for kind in kinds] or [points]
+    names = [f"{kind:g}" if isinstance(kind, np.floating) else str(kind) for kind in kinds]
+    colours = [COLOURS[k % len(COLOURS)] for k in range(len(groups))]
     if line:
-        ax.hist(
-            [group[:, 0] for group in groups.values()],
-            bins=40,
-            stacked=True,
-            color=[COLOURS[k % len(COLOURS)] for k in range(len(groups))],
-            label=[str(label) for label in groups],
-        )
-    for k, (label, group) in enumerate(groups.items()):
-        if line:
-            continue
-        colour = BLUE if label is None else COLOURS[k % len(COLOURS)]
-        marker = MARKERS[k % len(MARKERS)]
-        ax.scatter(
-            *group.T, s=size, color=colour, marker=marker, alpha=0.75, lw=0,
-            label=str(label), rasterized=True,
-        )  # fmt: skip
-        if label is not None:
-            halo = [withStroke(linewidth=3, foreground="white")]
-            middle = np.median(group, 0)
-            style = {"ha": "center", "va": "center", "fontweight": "bold", "path_effects": halo}
-            ax.text(middle[0], middle[1], str(label), **style)
-    if labels is not None:
+        values = [group[:, 0] for group in groups]
+        ax.hist(values, bins=40, stacked=True, color=colours, label=names or None)
+    else:
+        _draw_clouds(ax, groups, names, colours, size)
+    if names:
         ax.legend(loc="upper left", bbox_to_anchor=(1, 1), borderaxespad=0, markerscale=1.5)
+
+
+def _draw_clouds(
+    ax: Axes, groups: list[np.ndarray], names: list[str], colours: list[str], size: float
+) -> None:
+    """Draw each group with a colour and a marker, and its name in the middle."""
+    for k, group in enumerate(groups):
+        style = {"color": colours[k], "marker": MARKERS[k % len(MARKERS)], "alpha": 0.75}
+        name = names[k] if names else None
+        ax.scatter(*group.T, s=size, lw=0, label=name, rasterized=True, **style)
+    halo = [withStroke(linewidth=3, foreground="white")]
+    middle = {"ha": "center", "va": "center", "fontweight": "bold", "path_effects": halo}
+    for name, group in zip(names, groups, strict=False):
+        ax.text(np.median(group[:, 0]), np.median(group[:, 1]), name, **middle)
 
 
 def _on_a_scale(labels: np.ndarray) -> bool:

@@ -31,7 +31,7 @@ def draw_tiles(
         tiles: Shape (lines, columns, height, width), or the same and 3 colours.
         value_range: The values drawn darkest and brightest.
         cmap: Colours of a grey image.
-        left: Where the first column begins.
+        left: Where the first column begins; what is drawn last is furthest to the right.
         gap: Pixels between images, by default an eighth of their height.
     """
     lines, columns, height, width = tiles.shape[:4]
@@ -52,7 +52,7 @@ def draw_tiles(
     drawn = np.ma.masked_invalid(whole)
     ax.imshow(drawn, cmap=cmap, vmin=low, vmax=high, extent=where, interpolation="nearest")
     ax.set_aspect((height + gap) / (width + gap))
-    ax.set_xlim(0, max(left + columns, ax.get_xlim()[1] if left else 0.0))
+    ax.set_xlim(0, left + columns)
     ax.set_ylim(lines, 0)
     ax.grid(visible=False)
     ax.tick_params(length=0)
@@ -123,16 +123,14 @@ def image_site(
             "image to draw. Name the plate over rows with plate=..., and write it vectorised."
         )
     listed = ", ".join(f"'{name}' has rows of shape {row}" for name, row in rows.items())
-    sides = [math.isqrt(math.prod(row)) for row in rows.values()]
-    square = next(
-        (s for s, row in zip(sides, rows.values(), strict=True) if s * s == math.prod(row)), None
-    )
-    hint = f", such as image_shape=({square}, {square})" if square else ""
+    flat = [row[0] for row in rows.values() if len(row) == 1]
+    side = next((math.isqrt(n) for n in flat if math.isqrt(n) ** 2 == n), None)
+    hint = f"such as image_shape=({side}, {side})" if side else "image_shape=(height, width)"
     if shape is None:
-        raise ValueError(f"{caller}: {listed}. Say how to lay them out{hint or ': image_shape='}.")
+        raise ValueError(f"{caller}: {listed}. Say how to lay them out, {hint}.")
     raise ValueError(
         f"{caller}: image_shape={shape} needs rows of {math.prod(shape)} elements, but {listed}. "
-        f"Give (height, width) or (channels, height, width) with their product{hint}."
+        f"Give (height, width) or (channels, height, width) with that product, {hint}."
     )
 
 

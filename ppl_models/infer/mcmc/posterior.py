@@ -196,7 +196,8 @@ class Posterior(Mapping[str, Tensor]):
         result = {}
         for name, value in self.items():
             array = value.detach().double().cpu().numpy()
-            computed = statistic(array, chain_axis=0, draw_axis=1, **options)
+            with np.errstate(divide="ignore", invalid="ignore"):  # of draws that are all the same
+                computed = statistic(array, chain_axis=0, draw_axis=1, **options)
             found = torch.as_tensor(np.asarray(computed), device=value.device)
             result[name] = found.reshape(value.shape[2:])
         return result
