@@ -13,7 +13,7 @@ import pytest
 import torch
 from scipy.stats import multivariate_normal
 from sklearn import decomposition
-from sklearn.datasets import load_breast_cancer, load_wine
+from sklearn.datasets import load_breast_cancer, load_diabetes, load_wine
 from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor, nn
 from torch.distributions import MultivariateNormal
@@ -46,6 +46,10 @@ def breast_cancer() -> Tensor:
 
 def wine() -> Tensor:
     return standardised(load_wine())
+
+
+def diabetes() -> Tensor:
+    return standardised(load_diabetes())
 
 
 def some_model(data_dim: int = 5, latent_dim: int = 2) -> FactorAnalysis:
@@ -168,7 +172,13 @@ def test_maximum_likelihood_agrees_with_scikit_learn(data: Any, latent_dim: int)
 @pytest.mark.parametrize(
     ("data", "latent_dim", "more"),
     # Where scikit-learn stays at a lower maximum, or takes ever smaller steps to a noise of zero.
-    [(breast_cancer, 1, 0.07), (breast_cancer, 3, 0.9), (breast_cancer, 5, 1e-4), (wine, 5, 0.05)],
+    [
+        (breast_cancer, 1, 0.07),
+        (breast_cancer, 3, 0.9),
+        (breast_cancer, 5, 1e-4),
+        (wine, 5, 0.05),
+        (diabetes, 1, 1e-4),
+    ],
 )
 @pytest.mark.filterwarnings("ignore:.*Heywood case")
 def test_maximum_likelihood_is_above_scikit_learn_where_that_stays_below(
@@ -238,12 +248,13 @@ def test_a_noise_scale_at_the_minimum_could_only_gain_by_going_below(
 
 
 def test_other_units_give_other_parameters_of_the_same_model() -> None:
-    x, units = simulated(), torch.logspace(-1, 3, 8)
-    model = FactorAnalysis.maximum_likelihood(x, 2, tolerance=1e-13)
-    other = FactorAnalysis.maximum_likelihood(units * x, 2, tolerance=1e-13)
+    x, units = simulated(), torch.logspace(-6, 6, 8)
+    options = {"tolerance": 1e-13, "min_scale": 1e-12}
+    model = FactorAnalysis.maximum_likelihood(x, 2, **options)
+    other = FactorAnalysis.maximum_likelihood(units * x, 2, **options)
     assert_close(other.noise_scale, units * model.noise_scale, rtol=1e-5, atol=0)
     want = units[:, None] * (model.loading @ model.loading.mT) * units
-    assert_close(other.loading @ other.loading.mT, want, rtol=1e-4, atol=1e-6)
+    assert_close((other.loading @ other.loading.mT) / want, torch.ones(8, 8), rtol=1e-4, atol=0)
     evidence = mean_evidence(model, x) - units.log().sum().item()
     assert_close(mean_evidence(other, units * x), evidence)
 
@@ -328,6 +339,13 @@ def test_data_in_a_subspace_have_a_maximum_by_the_minimum() -> None:
     assert_close(model.log_evidence(flat), dense.log_prob(flat), rtol=1e-6, atol=1e-5)
 
 
+def test_a_minimum_beyond_double_precision_is_raised_to_what_it_can_hold() -> None:
+    flat = torch.randn(50, 2) @ torch.randn(2, 5)
+    with pytest.warns(UserWarning, match="Heywood case"):
+        model = FactorAnalysis.maximum_likelihood(flat, 2, min_scale=1e-200)
+    assert_close(model.noise_scale.detach(), 1e-7 * flat.std(0, correction=0))
+
+
 def test_fewer_rows_than_factors_are_fitted_too() -> None:
     with pytest.warns(UserWarning, match="Heywood case"):
         model = FactorAnalysis.maximum_likelihood(wine()[:3], 5)
@@ -338,6 +356,13 @@ def test_fewer_rows_than_factors_are_fitted_too() -> None:
 def test_too_few_steps_are_told() -> None:
     with pytest.warns(UserWarning, match=r"stopped after 3 steps, the last of which gained \d"):
         FactorAnalysis.maximum_likelihood(simulated(), 2, steps=3)
+
+
+def test_a_loose_tolerance_stops_early() -> None:
+    x = simulated()
+    loose = mean_evidence(FactorAnalysis.maximum_likelihood(x, 2, tolerance=0.01), x)
+    gap = mean_evidence(FactorAnalysis.maximum_likelihood(x, 2), x) - loose
+    assert 1e-6 < gap < 0.1
 
 
 def test_maximum_likelihood_is_deterministic_and_leaves_the_random_state_alone() -> None:
