@@ -20,19 +20,19 @@ from ppl_models.core.checks import check_known
 Names = Mapping[str, Callable[..., Any]]
 
 
-class NoRecipe(ValueError):
-    """There is no JSON for an object: it, or a part of it, is the user's own."""
-
-
 def encode(
     value: Any,
     names: Names,
     tensors: dict[str, Tensor],
+    own: list[str],
     *,
     at: str,
     instead: Mapping[str, Any] | None = None,
 ) -> Any:
     """Describe an object in JSON.
+
+    What JSON has no word for is the user's own: it is described by its kind alone, and `decode`
+    cannot build it.
 
     Arguments:
         value: A number, text, None, tensor, a sequence or mapping of those, an entry of `names`, or
@@ -40,25 +40,29 @@ def encode(
         names: What may be built, by name: classes that are data classes, distributions, or have a
             method `arguments`, as `NamedModule` has.
         tensors: Filled with the tensors in it, which JSON refers to by name.
+        own: Filled with what is the user's own: where it is, and its kind.
         at: Where the object is, for messages and for the names of tensors.
         instead: Arguments of the outermost object, in place of those it was made with.
-
-    Raises:
-        NoRecipe: If a part of it is none of these; the message says which.
     """
+    if isinstance(value, np.generic):
+        value = value.item()
     if value is None or isinstance(value, bool | int | str):
         return value
     if isinstance(value, float):
         return value if np.isfinite(value) else {"float": repr(value)}
-    if isinstance(value, np.integer | np.floating):
-        return encode(value.item(), names, tensors, at=at)
-    if isinstance(value, Tensor | np.ndarray):
-        tensors[at] = torch.as_tensor(value).detach().cpu().clone().contiguous()
+    if isinstance(value, np.ndarray) and value.dtype.kind in "fiub":
+        # A copy in native byte order: torch takes no other, and no negative strides.
+        value = torch.from_numpy(value.astype(value.dtype.newbyteorder("="), order="C"))
+    if isinstance(value, Tensor):
+        tensors[at] = value
         return {"tensor": at}
     if isinstance(value, tuple | list):
-        return [encode(part, names, tensors, at=f"{at}.{i}") for i, part in enumerate(value)]
+        return [encode(part, names, tensors, own, at=f"{at}[{i}]") for i, part in enumerate(value)]
     if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
-        parts = {k: encode(v, names, tensors, at=f"{at}.{k}") for k, v in value.items()}
+        parts = {
+            key: encode(part, names, tensors, own, at=f"{at}[{key!r}]")
+            for key, part in value.items()
+        }
         return {"mapping": parts}
     for name, known in names.items():
         if value is known:
@@ -66,16 +70,17 @@ def encode(
         if type(value) is known:
             arguments = _arguments(value) if instead is None else instead
             described = {
-                key: encode(part, names, tensors, at=f"{at}.{key}")
+                key: encode(part, names, tensors, own, at=f"{at}.{key}")
                 for key, part in arguments.items()
             }
             return {"name": name, "arguments": described}
-    kind = value.__name__ if inspect.isroutine(value) else type(value).__name__
-    raise NoRecipe(f"{at} is your own ({kind})")
+    kind = getattr(value, "__name__", None) or type(value).__name__
+    own.append(f"{at} ({kind})")
+    return {"yours": kind}
 
 
 def decode(spec: Any, names: Names, tensors: Mapping[str, Tensor], **given: Any) -> Any:
-    """Build what `encode` described.
+    """Build what `encode` described; sequences become tuples, and arrays tensors.
 
     Arguments:
         spec: The description.
@@ -93,7 +98,7 @@ def decode(spec: Any, names: Names, tensors: Mapping[str, Tensor], **given: Any)
     match spec:
         case {"float": str(text)}:
             return float(text)
-        case {"tensor": str(name)}:
+        case {"tensor": str(name)} if name in tensors:
             return tensors[name]
         case {"mapping": dict(parts)}:
             return {key: decode(part, names, tensors) for key, part in parts.items()}
@@ -102,10 +107,36 @@ def decode(spec: Any, names: Names, tensors: Mapping[str, Tensor], **given: Any)
             return names[name]
         case {"name": str(name), "arguments": dict(parts)}:
             check_known("building block", name, names)
-            return _call(
-                names[name], {k: decode(v, names, tensors) for k, v in parts.items()} | given
-            )
-    raise ValueError(f"recipe: cannot read {spec!r}.")
+            arguments = {key: decode(part, names, tensors) for key, part in parts.items()}
+            return _call(names[name], arguments | given)
+    raise ValueError(f"recipe: cannot build {spec!r}.")
+
+
+def show(spec: Any, tensors: Mapping[str, Tensor]) -> str:
+    """Write a description out for a reader: two are the same if this is."""
+
+    def listed(parts: Mapping[str, Any]) -> str:
+        return ", ".join(f"{key}={show(part, tensors)}" for key, part in parts.items())
+
+    match spec:
+        case list():
+            return f"({', '.join(show(part, tensors) for part in spec)})"
+        case {"float": str(text)}:
+            return text
+        case {"tensor": str(name)}:
+            value = tensors[name]
+            numbers = value.flatten().tolist()
+            text = ", ".join(f"{v:.6g}" if isinstance(v, float) else str(v) for v in numbers)
+            return text if value.ndim == 0 else f"tensor {tuple(value.shape)} of {text}"
+        case {"mapping": dict(parts)}:
+            return f"{{{listed(parts)}}}"
+        case {"itself": str(name)}:
+            return name
+        case {"name": str(name), "arguments": dict(parts)}:
+            return f"{name}({listed(parts)})"
+        case {"yours": str(kind)}:
+            return f"your own {kind}"
+    return repr(spec)
 
 
 def _arguments(value: Any) -> dict[str, Any]:
