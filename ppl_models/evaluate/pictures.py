@@ -125,6 +125,7 @@ def plot_samples(
     *,
     image_shape: Sequence[int] | None = None,
     means: bool = True,
+    value_range: tuple[float, float] | None = None,
     site: str | None = None,
     cmap: str = "gray",
     seed: int | None = None,
@@ -139,6 +140,8 @@ def plot_samples(
         image_shape: As in `plot_reconstructions`.
         means: Draw the mean of each row given its latents; False draws the row itself, with the
             noise of its pixels.
+        value_range: The values drawn darkest and brightest; by default 0 and 1 if all are between
+            them, and otherwise almost the smallest and largest.
         site: As in `plot_reconstructions`.
         cmap: As in `plot_reconstructions`.
         seed: An integer isolates and reproduces; None draws from the global random stream.
@@ -146,7 +149,7 @@ def plot_samples(
         ax: Axes to draw into, such as `plt.gca()` for a window; by default a new picture.
 
     Raises:
-        ValueError: If the model takes no `size`, or rows are not of that shape.
+        ValueError: If the model takes no `size`, rows are not of that shape, or the range is empty.
 
     Example:
         >>> from ppl_models import PPCA
@@ -155,6 +158,10 @@ def plot_samples(
         'Samples: PPCA, means given latents'
     """
     check_count("plot_samples", "size", size)
+    if value_range is not None and not value_range[0] < value_range[1]:
+        raise ValueError(
+            f"plot_samples: value_range must be (low, high) with low < high, got {value_range}."
+        )
     if not accepts_size(model):
         raise ValueError(
             f"plot_samples: {describe_program(model)} takes no `size=`, so it cannot draw rows by "
@@ -174,7 +181,7 @@ def plot_samples(
         tiles[:size] = images
         tiles = tiles.reshape(lines, columns, *images.shape[1:])
         ax = axes_for_tiles(ax, tiles)
-        draw_tiles(ax, tiles, limits(images), cmap=cmap)
+        draw_tiles(ax, tiles, value_range or limits(images), cmap=cmap)
         ax.set_xticks([])
         ax.set_yticks([])
         what = "means given latents" if means else "draws"

@@ -133,5 +133,5 @@ def _draw_ideal(ax: Axes, value: float) -> None:
 def _draw_absent(ax: Axes, points: Sequence[tuple[float, float] | None]) -> None:
     for row, point in enumerate(points):
         if not _drawable(point):
-            where = {"transform": ax.get_yaxis_transform(), "ha": "left", "va": "center"}
-            ax.text(0.04, row, "not known", color=GREY, fontsize="small", style="italic", **where)
+            where = {"transform": ax.get_yaxis_transform(), "ha": "right", "va": "center"}
+            ax.text(0.97, row, "not known", color=GREY, fontsize="small", style="italic", **where)

@@ -133,6 +133,9 @@ def test_samples_are_the_means_of_rows_given_their_latents() -> None:
     got = tiles(draws.axes[0].images[0], 3, 3).reshape(9, 12)[:7]
     assert_close(got, trace.nodes["x"]["value"])
     assert draws.axes[0].get_title(loc="left") == "Samples: VAE, draws"
+    stretched = plot_samples(model, 7, image_shape=SHAPE, value_range=(0.2, 0.8))
+    assert ax.images[0].get_clim() == (0.0, 1.0)
+    assert stretched.axes[0].images[0].get_clim() == (0.2, 0.8)
 
 
 def test_colour_images_are_drawn_in_colour_from_rows_of_their_shape() -> None:
@@ -402,6 +405,8 @@ def test_what_cannot_be_drawn_is_refused_in_a_line() -> None:
             plot(model, guide, x, image_shape=(8, 8))
     with pytest.raises(ValueError, match="plot_samples: image_shape="):
         plot_samples(model, image_shape=(8, 8))
+    with pytest.raises(ValueError, match=r"value_range must be .low, high.*got \(1, 0\)"):
+        plot_samples(model, image_shape=SHAPE, value_range=(1, 0))
     with pytest.raises(ValueError, match="mixed takes no `size=`"):
         plot_samples(mixed, image_shape=SHAPE)
     with pytest.raises(ValueError, match=r"one label for each of 12 rows.*\(3,\)"):
