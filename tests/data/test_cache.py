@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import requests
 
-from ppl_models.data import cache, load
+from ppl_models.data import cache, images, load, text
 from ppl_models.data.cache import File, digest, fingerprint, folder, read, read_arrays
 
 CONTENT = b"what was published" * 1000
@@ -228,6 +228,23 @@ def test_a_write_that_is_stopped_leaves_the_old_file(
     assert path.read_bytes() == b"old"
 
 
+def test_a_file_takes_its_place_in_one_step(server, empty_cache, monkeypatch) -> None:
+    path = empty_cache / "set/file.bin"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"old")
+    seen = []
+
+    def replaces(source, target) -> None:
+        seen.append((Path(source).read_bytes(), Path(target).read_bytes(), Path(source).parent))
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "replace", replaces)
+    with pytest.warns(UserWarning, match="corrupt"), pytest.raises(OSError, match="cannot write"):
+        read("set", [server.file()])
+    assert seen == [(CONTENT, b"old", path.parent)]  # whole, and in the same folder
+    assert names(empty_cache) == ["set/file.bin"]
+
+
 def test_a_cache_that_cannot_be_written_is_told_before_anything_is_fetched(
     server, tmp_path, monkeypatch
 ) -> None:
@@ -240,6 +257,8 @@ def test_a_cache_that_cannot_be_written_is_told_before_anything_is_fetched(
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     with pytest.raises(OSError, match=r"^set: cannot write to"):
         read("set", [server.file()])
+    with pytest.raises(OSError, match=r"^set: cannot write to"):
+        arrays_of(server)
     assert server.asked == []
 
 
@@ -393,3 +412,12 @@ def test_every_data_set_offline_is_one_line(empty_cache, monkeypatch, name, name
     with pytest.raises(OSError, match=said):
         load(name)
     assert not empty_cache.exists()
+
+
+def test_every_published_digest_is_one() -> None:
+    known = [*images._MNIST, *images._FASHION, *images._BINARIZED, *text._REUTERS]
+    known += [images._OMNIGLOT, images._OLIVETTI, images._FREY]
+    for file in known:
+        assert file.digests
+        for algorithm, _, value in (said.partition(":") for said in file.digests):
+            assert len(bytes.fromhex(value)) == {"md5": 16, "git": 20, "sha256": 32}[algorithm]
