@@ -75,6 +75,13 @@ def test_the_seed_fixes_the_split_and_the_source_is_left_alone() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_rows_that_may_not_be_written_are_copied() -> None:
+    rows = ROWS.astype(np.float32)
+    rows.setflags(write=False)
+    assert torch.equal(dataset(rows).x, dataset(ROWS).x)
+    assert torch.equal(dataset(rows[:, ::-1]).x, dataset(ROWS).x.flip(1))
+
+
 @pytest.mark.parametrize(("test", "rows"), [(0.2, 6), (0.001, 1), (0.999, 29), (5, 5), (29, 29)])
 def test_the_rows_to_test_are_a_share_or_a_number(test, rows) -> None:
     assert len(dataset(ROWS, test=test).x_test) == rows
