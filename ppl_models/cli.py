@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 import torch
 import typer
+from torch import Tensor
 
 from guides.fitting import for_model
 from guides.registry import GUIDES, MODELS, ModelEntry, build, lookup
@@ -465,7 +466,10 @@ def generate(
         pd.DataFrame(rows.flatten(1).numpy()).to_csv(file, index=False)
         written = [file]
         if known is not None and known.image_shape is not None:
-            figure = plot_samples(loaded.model, size, image_shape=known.image_shape, seed=seed)
+            shape, limits = known.image_shape, _range(known.x_test)
+            figure = plot_samples(
+                loaded.model, size, image_shape=shape, value_range=limits, seed=seed
+            )
             written.append(_saved(figure, folder / "samples.png"))
         _say_written(folder, written)
 
@@ -730,11 +734,16 @@ def _pictures(folder: Path, result: Fit, data: Dataset | None, seed: int) -> lis
         return files
     for name, figure in (
         ("reconstructions", plot_reconstructions(model, guide, x, **options)),
-        ("samples", plot_samples(model, **options)),
+        ("samples", plot_samples(model, value_range=_range(x), **options)),
         ("interpolation", plot_interpolation(model, guide, x, **options)),
     ):
         files.append(_saved(figure, folder / f"{name}.png"))
     return files
+
+
+def _range(x: Tensor) -> tuple[float, float] | None:
+    """Return the range that images are drawn in: black and white where the data have both."""
+    return (0.0, 1.0) if bool(((x >= 0) & (x <= 1)).all()) else None
 
 
 def _saved(figure: Any, file: Path) -> Path:

@@ -86,17 +86,18 @@ class PPCA(NamedModule):
 
         Here :math:`M = W^T W + \sigma^2 I_K` (Tipping & Bishop 1999, equation 6).
         """
-        loading, variance = self.loading, self.noise_scale**2
-        precision = loading.mT @ loading / variance + torch.eye(self.latent_dim).to(loading)
+        scaled = self.loading / self.noise_scale[..., None, None]
+        precision = scaled.mT @ scaled + torch.eye(self.latent_dim).to(scaled)
         factor = torch.linalg.cholesky(precision)
-        shift = ((x - self.loc) @ loading / variance).unsqueeze(-1)
+        shift = (x - self.loc) / self.noise_scale.unsqueeze(-1)
+        shift = torch.einsum("...d,...dk->...k", shift, scaled).unsqueeze(-1)
         loc = torch.cholesky_solve(shift, factor).squeeze(-1)
         covariance = torch.cholesky_inverse(factor)
         return dist.MultivariateNormal(loc, scale_tril=torch.linalg.cholesky(covariance))
 
     def log_evidence(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch"]:
         r"""Return :math:`\log p(x) = \log \mathcal{N}(x; \mu, W W^T + \sigma^2 I)`, nats per row."""
-        diagonal = (self.noise_scale**2).expand(self.data_dim)
+        diagonal = (self.noise_scale**2).unsqueeze(-1).expand(*self.loc.shape)
         return dist.LowRankMultivariateNormal(self.loc, self.loading, diagonal).log_prob(x)
 
     @classmethod

@@ -132,3 +132,16 @@ def test_maximum_likelihood_refuses_what_has_no_maximum() -> None:
         PPCA.maximum_likelihood(flat, 2)
     with pytest.raises(ValueError, match="NaN or infinite"):
         PPCA.maximum_likelihood(torch.full((5, 3), torch.nan), 2)
+
+
+def test_parameters_may_have_leading_dimensions() -> None:
+    singles = [PPCA(5, 2, noise_scale=scale) for scale in (0.5, 1.0, 2.0)]
+    x = singles[0](size=6).detach()
+    stacked = PPCA(5, 2)
+    for name, _ in list(stacked.named_parameters()):
+        values = torch.stack([getattr(single, name).data for single in singles])
+        setattr(stacked, name, torch.nn.Parameter(values.unsqueeze(1)))  # particles, then the plate
+    want = torch.stack([single.log_evidence(x) for single in singles])
+    assert_close(stacked.log_evidence(x), want)
+    means = torch.stack([single.posterior(x).mean for single in singles])
+    assert_close(stacked.posterior(x).mean, means)
