@@ -230,13 +230,13 @@ def without_data() -> Callable[..., None]:
     return model
 
 
-def three_rows() -> Callable[..., None]:
-    """Cannot be run on two rows."""
+def items() -> Callable[..., None]:
+    """Has a latent for each item, in a plate that the guide does not know to be over rows."""
 
     def model(x: Any) -> None:
-        with pyro.plate("data", ROWS):
+        with pyro.plate("items", len(x)):
             z = pyro.sample("z", dist.Normal(0.0, 1.0))
-            pyro.sample("x", dist.Normal(z, 1.0).expand([ROWS]), obs=x)
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
 
     return model
 
@@ -434,7 +434,7 @@ CASES = [
     Case("no data", without_data, lambda m, x: Local(m, example=()), tuple, pass_model=True),
     Case("integers and reals", regression, free, LINE, pass_model=True),
     Case("integers", counts, free, lambda: (torch.arange(ROWS),), pass_model=True),
-    Case("rows written out", three_rows, free, lambda: (reals(),), pass_model=True),
+    Case("another plate", items, free, lambda: (reals(),), pass_model=True),
     Case(
         "tied, frozen, with buffers",
         lambda: small_vae(decoder=Tied()),
@@ -638,10 +638,19 @@ def test_info_comes_back_as_json_has_it(saved, tmp_path, info, back) -> None:
 
 
 @pytest.mark.parametrize(
-    "info", [[1], "text", {"x": torch.ones(2)}, {"x": float("nan")}, {(1,): 2}]
+    ("info", "message"),
+    [
+        ([("a", 1)], r"a mapping such as a dict, got \[\('a', 1\)\]"),
+        ("text", "a mapping such as a dict, got 'text'"),
+        ({"x": torch.ones(2)}, "something that JSON can hold: Object of type Tensor"),
+        ({"x": float("nan")}, "something that JSON can hold: Out of range"),
+        ({(1,): 2}, "something that JSON can hold: keys must be"),
+    ],
 )
-def test_info_that_is_not_for_json_is_refused_and_nothing_written(saved, tmp_path, info) -> None:
-    with pytest.raises(ValueError, match="save_run: info must be"):
+def test_info_that_is_not_for_json_is_refused_and_nothing_written(
+    saved, tmp_path, info, message
+) -> None:
+    with pytest.raises(ValueError, match=f"save_run: info must be {message}"):
         save_run(tmp_path / "new", saved.fit, info=info)
     assert not (tmp_path / "new").exists()
 
@@ -858,8 +867,8 @@ def everything(modules: list[nn.Module]) -> Any:
     return tensors, [m.training for m in modules], store, torch.get_rng_state().tolist()
 
 
-def test_what_fails_after_all_was_filled_leaves_everything_as_it_was(saved, monkeypatch) -> None:
-    """The last thing that loading does fails here, for models that were moved and filled."""
+def stops_at_the_second_look(monkeypatch) -> None:
+    """Let loading fail at the last thing it does, when all is filled."""
     calls = []
 
     def run(fit: Any) -> Any:
@@ -870,6 +879,10 @@ def test_what_fails_after_all_was_filled_leaves_everything_as_it_was(saved, monk
 
     real = runs._run
     monkeypatch.setattr(runs, "_run", run)
+
+
+def test_what_fails_after_all_was_filled_leaves_everything_as_it_was(saved, monkeypatch) -> None:
+    stops_at_the_second_look(monkeypatch)
     model = PPCA(4, 2).float()
     guide = Amortized(model, hidden=(3,))
     model.loc.requires_grad_(False)
@@ -877,6 +890,44 @@ def test_what_fails_after_all_was_filled_leaves_everything_as_it_was(saved, monk
     with pytest.raises(KeyboardInterrupt):
         load_run(saved.folder, model=model, guide=guide)
     assert everything([model, guide]) == before
+
+
+def test_what_was_in_the_store_is_there_again_if_loading_fails(tmp_path, monkeypatch) -> None:
+    model = function_model()
+    guide = function_guide(model, None)
+    x = reals(4)
+    save_run(tmp_path, fit(model, guide, x, steps=1, seed=0))
+    fit(model, guide, x, steps=3, seed=0)
+    before = everything([])
+    stops_at_the_second_look(monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        load_run(tmp_path, model=model, guide=guide)
+    assert everything([]) == before
+
+
+def test_what_was_frozen_is_frozen_and_the_rest_is_not(saved, tmp_path) -> None:
+    model = ppca()
+    model.loc.requires_grad_(False)
+    save_run(tmp_path, fit(model, amortized(model, None), saved.x, steps=1, seed=0))
+    for run in (load_run(tmp_path), load_run(tmp_path, model=ppca().requires_grad_(False))):
+        learns = {name: p.requires_grad for name, p in run.model.named_parameters()}
+        assert learns == {name: name != "loc" for name in learns}
+
+
+class Precise(PPCA):
+    """In float32, but for a constant, which is not saved."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 2)
+        self.float().register_buffer("c", torch.tensor(0.1, dtype=torch.float64), persistent=False)
+
+
+def test_a_model_of_two_precisions_keeps_both(saved, tmp_path) -> None:
+    model = Precise()
+    save_run(tmp_path, fit(model, amortized(model, None), saved.x, steps=1, seed=0))
+    run = load_run(tmp_path, model=Precise())
+    assert run.model.c.item() == 0.1
+    assert run.model.loc.dtype == torch.float32
 
 
 def test_a_device_that_cannot_run_the_model_leaves_it_where_it_was(saved) -> None:
@@ -941,6 +992,10 @@ def test_a_truncated_or_flipped_file_is_refused_by_name(saved, tmp_path, kind) -
     (file,) = folder.glob(f"{kind}*")
     whole = file.read_bytes()
     damaged = [whole[:n] for n in (0, 1, len(whole) // 2, len(whole) - 1)] + [whole + b" x"]
+    for content in damaged if kind != "config" else ():
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=f"has {len(content)} of {len(whole)} bytes"):
+            load_run(folder)
     for i in torch.randint(len(whole), (40,)).tolist():
         damaged += [whole[:i] + bytes([whole[i] ^ flip]) + whole[i + 1 :] for flip in (1, 128)]
     for content in damaged:

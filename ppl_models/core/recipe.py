@@ -144,8 +144,7 @@ def _arguments(value: Any) -> dict[str, Any]:
     if dataclasses.is_dataclass(value):
         return {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.init}
     if isinstance(value, TorchDistribution):
-        takes = inspect.signature(type(value)).parameters
-        return {name: getattr(value, name) for name in value.arg_constraints if name in takes}
+        return {name: getattr(value, name) for name in value.arg_constraints}
     return value.arguments()
 
 

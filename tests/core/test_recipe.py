@@ -213,13 +213,18 @@ def test_an_argument_that_a_class_does_not_take_is_refused() -> None:
         recipe.decode(spec, NAMES, {})
 
 
+def test_what_is_given_stands_in_for_what_is_described() -> None:
+    spec = {"name": "shapes.Point", "arguments": {"x": 1, "y": 2}}
+    assert recipe.decode(spec, NAMES, {}, y=3) == Point(1, 3)
+
+
 def test_a_description_is_written_out_in_full() -> None:
     tensors: dict[str, Tensor] = {}
     value = Point(
-        [dist.Normal(torch.zeros(2), 0.1), {"a": math.inf}], (math.sqrt, "b", torch.tensor([3, 4]))
+        [dist.Normal(torch.zeros(2), 1.25), {"a": math.inf}], (math.sqrt, "b", torch.tensor([3, 4]))
     )
     spec = recipe.encode(value, NAMES, tensors, [], at="it")
     assert recipe.show(spec, tensors) == (
-        "shapes.Point(x=(shapes.normal(loc=tensor (2,) of 0, 0, scale=tensor (2,) of 0.1, 0.1), "
+        "shapes.Point(x=(shapes.normal(loc=tensor (2,) of 0, 0, scale=tensor (2,) of 1.25, 1.25), "
         "{a=inf}), y=(functions.sqrt, 'b', tensor (2,) of 3, 4))"
     )
