@@ -20,6 +20,7 @@ from torch import Tensor
 
 from guides.fitting import for_model
 from guides.registry import GUIDES, MODELS, ModelEntry, build, lookup
+from ppl_models.core import recipe
 from ppl_models.core.random import seeded
 from ppl_models.core.table import text_table
 from ppl_models.core.types import Refinable
@@ -798,28 +799,8 @@ def _listed(figures: Mapping[str, Any]) -> str:
 def _made_of(about: Mapping[str, Any]) -> str:
     """Name a saved program with what it was made with."""
     if about["recipe"] is None:
-        return f"{about['kind']} ({about['yours']})"
-    arguments = about["recipe"]["arguments"].items()
-    given = [f"{name}={_short(value)}" for name, value in arguments if value is not None]
-    return f"{about['kind']}({', '.join(given)})"
-
-
-def _short(value: Any) -> str:
-    match value:
-        case {"name": str(name), "arguments": dict(parts)}:
-            inside = ", ".join(
-                f"{k}={_short(v)}" for k, v in parts.items() if v not in (None, {"mapping": {}})
-            )
-            return f"{name.rpartition('.')[2]}({inside})"
-        case {"itself": str(name)}:
-            return name.rpartition(".")[2]
-        case {"mapping": dict(parts)}:
-            return "{" + ", ".join(f"{k}: {_short(v)}" for k, v in parts.items()) + "}"
-        case {"tensor": _}:
-            return "..."
-        case list():
-            return "(" + ", ".join(map(_short, value)) + ")"
-    return str(value)
+        return f"your own {about['kind']}"
+    return recipe.show(about["recipe"]).partition(".")[2]
 
 
 def _say_written(folder: Path, files: Iterable[Path]) -> None:

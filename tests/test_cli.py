@@ -302,7 +302,9 @@ def test_generate_draws_the_rows_of_the_library(saved, tmp_path) -> None:
 def test_show_tells_what_was_trained_and_how(saved, tmp_path) -> None:
     lines = run("show", str(saved / "vae"), "--out", str(tmp_path)).stdout.splitlines()
     told = {line.split("  ")[0]: line.split("  ", 1)[1].strip() for line in lines}
-    assert told["model"] == "VAE(data_dim=64, latent_dim=8, hidden=(64))"
+    assert told["model"] == (
+        "VAE(data_dim=64, latent_dim=8, hidden=(64), likelihood=None, decoder=None)"
+    )
     assert told["guide"].startswith("Amortized(hidden=(64)")
     assert (told["data"], told["epochs"], told["seed"]) == ("digits", "2", "5")
     bounds = load_run(saved / "vae").fit.bounds

@@ -112,8 +112,8 @@ def decode(spec: Any, names: Names, tensors: Mapping[str, Tensor], **given: Any)
     raise ValueError(f"recipe: cannot build {spec!r}.")
 
 
-def show(spec: Any, tensors: Mapping[str, Tensor]) -> str:
-    """Write a description out for a reader: two are the same if this is."""
+def show(spec: Any, tensors: Mapping[str, Tensor] | None = None) -> str:
+    """Write a description out for a reader: two are the same if this is, tensors included."""
 
     def listed(parts: Mapping[str, Any]) -> str:
         return ", ".join(f"{key}={show(part, tensors)}" for key, part in parts.items())
@@ -123,7 +123,9 @@ def show(spec: Any, tensors: Mapping[str, Tensor]) -> str:
             return f"({', '.join(show(part, tensors) for part in spec)})"
         case {"float": str(text)}:
             return text
-        case {"tensor": str(name)}:
+        case {"tensor": str()} if tensors is None:
+            return "a tensor"
+        case {"tensor": str(name)} if tensors is not None:
             value = tensors[name]
             numbers = value.flatten().tolist()
             text = ", ".join(f"{v:.6g}" if isinstance(v, float) else str(v) for v in numbers)
