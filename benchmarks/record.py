@@ -14,8 +14,10 @@ from typing import Any
 
 import torch
 
+import ppl_models
+
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("ppl-models", "torch", "pyro-ppl", "zuko", "numpy")
+PACKAGES = ("torch", "pyro-ppl", "zuko", "numpy")
 
 
 def write(name: str, title: str, table: str, rows: list[dict[str, Any]]) -> None:
@@ -43,7 +45,11 @@ def origin() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "load": "{:.1f} (1 minute), {:.1f} (5 minutes) at the end".format(*os.getloadavg()),
         "versions": ", ".join(
-            [f"Python {platform.python_version()}", *(f"{p} {version(p)}" for p in PACKAGES)]
+            [
+                f"Python {platform.python_version()}",
+                f"ppl-models {ppl_models.__version__}",
+                *(f"{package} {version(package)}" for package in PACKAGES),
+            ]
         ),
     }
 

@@ -99,7 +99,16 @@ def main() -> None:
     parser.add_argument("--name", default="vae", help="name of the result files")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    rows = [run(load("mnist", binarize=how), k, options) for how in options.data for k in options.k]
+    rows: list[dict[str, Any]] = []
+    for how in options.data:
+        data = load("mnist", binarize=how)
+        for k in options.k:
+            rows.append(run(data, k, options))
+            report(rows, options)  # after each, so that nothing is lost
+
+
+def report(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
+    """Write the table of what is there so far."""
     table = text_table(
         ("MNIST", "k", "train s", "ms/step", "-ELBO", "-L100", f"-L{options.particles}", "active"),
         [
