@@ -39,7 +39,7 @@ def origin() -> dict[str, Any]:
     return {
         "command": " ".join(["python", str(script), *sys.argv[1:]]),
         "commit": _git("rev-parse", "--short", "HEAD")
-        + (" with changes" if _git("status", "-s") else ""),
+        + (" with changes" if _git("status", "-s", "--", ":/", ":!/benchmarks/results") else ""),
         "date": datetime.now(UTC).date().isoformat(),
         "machine": f"{_processor()}, {os.cpu_count()} cores, {device}",
         "threads": torch.get_num_threads(),
