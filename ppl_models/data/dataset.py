@@ -54,6 +54,7 @@ class Dataset:
         y_loc: The same for a continuous y.
         y_scale: The same for a continuous y. A log-density of the standardised y, in nats per
             row, is that of the raw y after taking off log(y_scale).
+        columns: The names of the columns of x, where it was read from a DataFrame or a .csv file.
     """
 
     name: str
@@ -73,6 +74,7 @@ class Dataset:
     scale: Float[Tensor, " D"] | None = None
     y_loc: float | None = None
     y_scale: float | None = None
+    columns: tuple[str, ...] | None = None
 
     def __repr__(self) -> str:
         """Rows, range and labels at a glance; no values."""

@@ -106,6 +106,7 @@ def dataset(
         image_shape=image_shape,
         classes=None if labels is None else len(labels),
         labels=labels,
+        columns=rows.columns,
     ).binarized(binarize)
     return data.standardized() if standardize else data
 

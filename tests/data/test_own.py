@@ -152,6 +152,16 @@ def test_tables_are_read_from_files(tmp_path) -> None:
     assert data.name == "other"
 
 
+def test_the_names_of_the_columns_are_kept(tmp_path) -> None:
+    table = frame()
+    table.to_csv(tmp_path / "mine.csv")
+    for source in (table, tmp_path / "mine.csv"):
+        data = dataset(source, y="kind", standardize=True)
+        assert data.columns == ("a", "b", "c", "price", "count")
+    assert dataset(pd.DataFrame(ROWS)).columns == ("0", "1", "2")
+    assert dataset(ROWS).columns is None
+
+
 def test_arrays_are_read_from_files(tmp_path) -> None:
     np.save(tmp_path / "rows.npy", ROWS)
     assert torch.equal(dataset(tmp_path / "rows.npy").x, dataset(ROWS).x)
