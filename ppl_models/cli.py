@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import math
+import os
 import sys
 import warnings
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any
 
 import numpy as np
 import pandas as pd
@@ -24,7 +25,8 @@ from ppl_models.core import recipe
 from ppl_models.core.random import seeded
 from ppl_models.core.table import text_table
 from ppl_models.core.types import Refinable
-from ppl_models.data import Dataset, dataset, load
+from ppl_models.data import Dataset
+from ppl_models.data.source import Source
 from ppl_models.evaluate import Scorecard, score
 from ppl_models.evaluate import compare as compare_guides
 from ppl_models.evaluate import generate as draw_rows
@@ -58,6 +60,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+
+#: What `fit` draws, where there is something to draw.
+PICTURES = ("bounds", "latents", "reconstructions", "samples", "interpolation")
 
 
 class Binarization(StrEnum):
@@ -98,10 +104,11 @@ Split = Annotated[
     int, typer.Option(help="Which of the splits of uci/*, 0 to 19. Such as --split 3.", min=0)
 ]
 TestShare = Annotated[
-    float,
+    float | None,
     typer.Option(
         "--test",
-        help="Share, or number, of your own rows that are held out to test. Such as --test 0.1.",
+        help="Share, or number, of your own rows that are held out to test; by default a fifth. "
+        "Such as --test 0.1.",
     ),
 ]
 ImageSize = Annotated[
@@ -162,6 +169,7 @@ Threads = Annotated[
     typer.Option(
         help="CPU threads; small models are fastest on one. Such as --threads 4.",
         min=1,
+        max=1024,
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table; for scripts.")]
@@ -199,11 +207,13 @@ def guides(
       ppl-models guides ppca --json
     """
     entry = lookup("model", model, MODELS)
-    choices = for_model(build(model, _dataset(entry, data=data, target=target)))
+    rows = Source(data, target=target).load(entry.binarize)
+    choices = for_model(build(model, rows))
     if as_json:
         _print_json([vars(choice) for choice in choices])
     else:
         typer.echo(str(choices))
+        typer.echo(f"\n--guide of `ppl-models fit` takes: {', '.join(GUIDES)}")
 
 
 @app.command()
@@ -224,7 +234,7 @@ def fit(
     lr: LearningRate = 3e-3,
     target: Target = None,
     split: Split = 0,
-    test: TestShare = 0.2,
+    test: TestShare = None,
     image_size: ImageSize = None,
     binarize: Binarize = None,
     standardize: Standardize = False,
@@ -254,18 +264,13 @@ def fit(
     entry = lookup("model", model, MODELS)
     guide = entry.guides[0] if guide is None else guide
     make = lookup("guide", guide, GUIDES)
-    spec = {
-        "data": data,
-        "target": target,
-        "split": split,
-        "test": test,
-        "image_size": image_size,
-        "binarize": binarize,
-        "standardize": standardize,
-    }
-    rows = _dataset(entry, **spec)
+    size = _image_size(image_size)
+    source = Source(data, target, split, test, size, binarize, standardize)
+    rows = source.load(entry.binarize)
     sizes = _sizes(entry, latent_dim, hidden)
-    out = _folder(Path("runs") / f"{model}-{guide}" if out is None else out)
+    if hidden is not None and not sizes.get("hidden") and guide in ("exact", "local"):
+        raise ValueError(f"--hidden: neither {model} nor the guide {guide} has hidden layers.")
+    out = _checked_folder(Path("runs") / f"{model}-{guide}" if out is None else out)
     typer.echo(f"{model} with {guide} on {_describe(rows)}", err=True)
     program = build(model, rows, seed=seed, **sizes)
     with seeded(seed):
@@ -280,9 +285,9 @@ def fit(
         seed=seed,
         device=device,
     )
-    if Path(data).exists():
-        spec["data"] = str(Path(data).resolve())
-    save_run(out, result, info={"model": model, "guide": guide, **spec})
+    save_run(out, result, info={"model": model, "guide": guide, **source.info(rows)})
+    for name in PICTURES:  # those of a run that was here before
+        (out / f"{name}.png").unlink(missing_ok=True)
     pictures = _pictures(out, result, rows, seed)
     figures = {
         "model": model,
@@ -383,8 +388,7 @@ def sample(
 
     \b
     Examples:
-      ppl-models sample runs/vae-amortized --rows 1 --draws 50 --warmup 50
-      ppl-models sample runs/vae-amortized --rows 1 --draws 50 --warmup 50 --out posterior
+      ppl-models sample runs/vae-amortized --rows 1 --chains 2 --draws 50 --warmup 50 --out posterior
     """
     torch.set_num_threads(threads)
     loaded, dataset = _run(run, device, data, binarize)
@@ -495,7 +499,7 @@ def compare(
     reference: Reference = True,
     target: Target = None,
     split: Split = 0,
-    test: TestShare = 0.2,
+    test: TestShare = None,
     image_size: ImageSize = None,
     binarize: Binarize = None,
     standardize: Standardize = False,
@@ -514,27 +518,19 @@ def compare(
 
     \b
     Examples:
-      ppl-models compare vae --guides amortized,flow --epochs 5 --out report
+      ppl-models compare vae --guides amortized,flow --epochs 5 --no-reference --out report
       ppl-models compare ppca --epochs 5 --no-reference --json
     """
     torch.set_num_threads(threads)
     entry = lookup("model", model, MODELS)
-    rows = _dataset(
-        entry,
-        data=data,
-        target=target,
-        split=split,
-        test=test,
-        image_size=image_size,
-        binarize=binarize,
-        standardize=standardize,
-    )
+    size = _image_size(image_size)
+    rows = Source(data, target, split, test, size, binarize, standardize).load(entry.binarize)
     names = entry.guides if guides is None else tuple(name.strip() for name in guides.split(","))
-    size, units = len(rows.x), _units(hidden)
+    count, units = len(rows.x), _units(hidden)
     factories = {}
     for name in names:
         make = lookup("guide", name, GUIDES)
-        factories[name] = lambda program, make=make: make(program, size, units)
+        factories[name] = lambda program, make=make: make(program, count, units)
     folder = None if out is None else _folder(out)
     typer.echo(f"{model} on {_describe(rows)}: {', '.join(names)}", err=True)
     card = compare_guides(
@@ -597,74 +593,45 @@ def show(
         _say_written(folder, _pictures(folder, result, _known_data(loaded), 0))
 
 
-def _dataset(
-    entry: ModelEntry | None,
-    *,
-    data: str,
-    target: str | None = None,
-    split: int = 0,
-    test: float = 0.2,
-    image_size: str | None = None,
-    binarize: str | None = None,
-    standardize: bool = False,
-) -> Dataset:
-    """Load a data set in the form that a model needs, unless another one is asked for."""
-    if Path(data).exists():
-        size = None if image_size is None else _image_size(image_size)
-        share = test if test < 1 else int(test)
-        rows = dataset(data, y=target, test=share, image_size=size)
-    else:
-        # Larochelle's static MNIST is a file of its own.
-        how = "static" if (data, binarize) == ("mnist", "static") else None
-        rows = load(data, split=split, binarize=how)
-    if standardize:
-        return rows.standardized()
-    if rows.binarize is not None or binarize == "none":
-        return rows
-    if binarize is not None:
-        return rows.binarized(cast("Literal['threshold', 'static', 'dynamic']", str(binarize)))
-    return rows if entry is None else _suited(entry, rows)
-
-
-def _suited(entry: ModelEntry, rows: Dataset) -> Dataset:
-    """Make grey values binary for a model of binary data; refuse others, and name other models."""
-    values = rows.x_test
-    if entry.binarize is None or bool(((values == 0) | (values == 1)).all()):
-        return rows
-    low, high = (value.item() for value in values.aminmax())
-    if low < 0 or high > 1:
-        others = ", ".join(e.name for e in MODELS.values() if e.binarize is None)
-        raise ValueError(
-            f"{entry.name} is for values 0 and 1, or for grey values from 0 to 1 that can be made "
-            f"binary, but {rows.name} has values from {low:.4g} to {high:.4g}. "
-            f"Take a model of real values: {others}."
-        )
-    return rows.binarized(entry.binarize)
-
-
 def _run(
     path: Path, device: str | None, data: str | None, binarize: str | None
 ) -> tuple[Run, Dataset]:
     """Read a run, and the data it was trained on or others in their place."""
     loaded = load_run(path, device=device)
+    source, suited = Source.of(loaded.info), _suited(loaded)
     if data is None:
-        rows = _known_data(loaded)
-        if rows is None:
+        if binarize is not None:
+            raise ValueError(
+                "--binarize goes with --data: the rows of the run itself are prepared as they were."
+            )
+        if source is None:
             raise ValueError(
                 f"'{path}' was saved without the name of its data, so say which: --data digits."
             )
-        return loaded, rows
-    entry = MODELS.get(loaded.info.get("model", ""))
-    return loaded, _dataset(entry, data=data, binarize=binarize)
+        return loaded, source.again(loaded.info, suited)
+    if source is None:
+        return loaded, Source(data, binarize=binarize).load(suited)
+    if binarize is not None:
+        source = replace(source, binarize=binarize)
+    return loaded, source.like(loaded.info, data, suited)
 
 
 def _known_data(loaded: Run) -> Dataset | None:
-    """Load the data that a run says it was trained on; None if it does not say."""
-    if not isinstance(loaded.info.get("data"), str):
+    """Load the data of a run to be drawn beside it; None, with a word, if they are not there."""
+    source = Source.of(loaded.info)
+    if source is None:
         return None
-    takes = inspect.signature(_dataset).parameters
-    spec = {name: value for name, value in loaded.info.items() if name in takes}
-    return _dataset(MODELS.get(loaded.info.get("model", "")), **spec)
+    try:
+        return source.again(loaded.info, _suited(loaded))
+    except (ValueError, OSError) as error:
+        typer.echo(f"ppl-models: going on without the data: {error}", err=True)
+        return None
+
+
+def _suited(loaded: Run) -> Any:
+    """Return how grey values become 0 and 1 for the model of a run."""
+    entry = MODELS.get(loaded.info.get("model", ""))
+    return None if entry is None else entry.binarize
 
 
 def _describe(data: Dataset) -> str:
@@ -698,18 +665,36 @@ def _units(hidden: str | None) -> tuple[int, ...]:
     return units
 
 
-def _image_size(text: str) -> tuple[int, int]:
+def _image_size(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
     sides = text.lower().split("x")
-    if len(sides) != 2 or not all(side.isdigit() and int(side) > 0 for side in sides):
-        raise ValueError(f"--image-size must be height x width, such as 28x28; got {text!r}.")
-    return int(sides[0]), int(sides[1])
+    if len(sides) > 2 or not all(side.isdecimal() and int(side) > 0 for side in sides):
+        raise ValueError(
+            f"--image-size must be height x width, such as 28x28, or one side; got {text!r}."
+        )
+    return int(sides[0]), int(sides[-1])
+
+
+def _checked_folder(out: Path) -> Path:
+    """Refuse what is no folder, or cannot become one, before the work begins."""
+    out = out.expanduser()
+    there = next((path for path in (out, *out.absolute().parents) if path.exists()), out)
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        kind = "which cannot be written" if there.is_dir() else "which is a file"
+        raise ValueError(
+            f"--out must name a folder, or one to be made; got '{out}': '{there}', {kind}."
+        )
+    return out
 
 
 def _folder(out: Path) -> Path:
     """Make the folder for results before the work begins."""
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out must name a folder, but '{out}' is a file.")
-    out.mkdir(parents=True, exist_ok=True)
+    out = _checked_folder(out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"--out: cannot make '{out}': {error.strerror or error}.") from error
     return out
 
 
@@ -726,6 +711,8 @@ def _pictures(folder: Path, result: Fit, data: Dataset | None, seed: int) -> lis
         return files
     model, guide, shape = result.model, result.guide, data.image_shape
     x, y = data.x_test[:2000], None if data.y_test is None else data.y_test[:2000]
+    if y is not None and data.labels is not None:
+        y = np.array([str(data.labels[code]) for code in y.tolist()])
     if isinstance(guide, Refinable):
         x, y = x[:200], None if y is None else y[:200]
         guide = guide.refine(x, seed=seed)
@@ -748,7 +735,10 @@ def _range(x: Tensor) -> tuple[float, float] | None:
 
 
 def _saved(figure: Any, file: Path) -> Path:
-    figure.savefig(file)
+    try:
+        figure.savefig(file)
+    except OSError as error:
+        raise OSError(f"cannot write '{file}': {error.strerror or error}.") from error
     return file
 
 
@@ -812,9 +802,18 @@ def main() -> None:
     warnings.showwarning = lambda message, *_: typer.echo(f"ppl-models: {message}", err=True)
     try:
         app(standalone_mode=True)
-    except (ValueError, FloatingPointError, OSError) as error:
+    except (ValueError, ArithmeticError, OSError) as error:
         typer.echo(f"ppl-models: {error}", err=True)
         sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "alloc" not in str(error):
+            raise
+        typer.echo("ppl-models: there is not enough memory for sizes like these.", err=True)
+        sys.exit(2)
+    except SystemExit as stop:
+        if stop.code == 130:
+            typer.echo("ppl-models: interrupted.", err=True)
+        raise
 
 
 if __name__ == "__main__":

@@ -560,11 +560,11 @@ def _write(path: Path, contents: Mapping[str, bytes], config: bytes) -> None:
     finally:
         # However it ended, config.json says which run is there; what only the other needs goes.
         with suppress(OSError):
-            saved = (path / CONFIG).exists() and (path / CONFIG).read_bytes() == config
-            if saved:
-                _sync(path)
-            for name in old - new if saved else new - old:
-                (path / name).unlink(missing_ok=True)
+            _sync(path)
+            named = _names(path)  # those of another writer, where one came in between
+            if named or not (path / CONFIG).exists():
+                for name in (old | new) - named:
+                    (path / name).unlink(missing_ok=True)
         for folder in made:
             with suppress(OSError):  # refused where something is in it
                 folder.rmdir()

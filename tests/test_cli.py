@@ -126,11 +126,18 @@ def test_compare_writes_a_table_and_a_page_and_reproduces_by_its_seed(tmp_path) 
             ["compare", "vae", "--data", "digit"],
             "there is no data set 'digit'. Did you mean 'digits'? Known: digits, mnist, ",
         ),
-        (["fit", "vae", "--data", "wine.csv"], "vae is for values 0 and 1, or for grey values"),
+        (["fit", "vae", "--data", "wine.csv"], "this model is for values 0 and 1, or for grey"),
         (["fit", "ppca", "--binarize", "static", "--data", "wine.csv"], "wine: binarize="),
         (["fit", "vae", "--hidden", "64;64"], "--hidden must be positive integers"),
         (["fit", "ppca", "--latent-dim", "65"], "PPCA: latent_dim must be in [1, 64], got 65."),
-        (["fit", "vae", "--image-size", "8", "--data", "."], "--image-size must be height x width"),
+        (["fit", "vae", "--image-size", "8by8", "--data", "."], "--image-size must be height x width"),
+        (["fit", "vae", "--data", "nowhere.csv"], "there is no file or folder 'nowhere.csv'"),
+        (["fit", "vae", "--data", "digits", "--test", "0.5"], "test is for your own data"),
+        (["fit", "vae", "--data", "wine.csv", "--split", "3"], "split is for uci/"),
+        (["fit", "ppca", "--hidden", "5"], "--hidden: neither ppca nor the guide exact has hidden"),
+        (["fit", "vae", "--lr", "1e9", "--epochs", "1"], "fit: at step"),
+        (["fit", "vae", "--hidden", "100000000000"], "there is not enough memory"),
+        (["fit", "vae", "--out", "wine.csv/x"], "--out must name a folder, or one to be made"),
         (["evaluate", "runs/vea"], "load_run: there is no run in 'runs/vea'"),
         (["sample", "runs/vea"], "load_run: there is no run in 'runs/vea'"),
         (["generate", "runs/vea"], "load_run: there is no run in 'runs/vea'"),
@@ -248,8 +255,49 @@ def test_evaluate_takes_other_data_and_says_when_none_is_known(saved, fails, tmp
     words = ["evaluate", str(tmp_path), "--data", "digits", "--particles", "2", "--no-reference"]
     assert run(*words).stdout.splitlines()[1].startswith("Exact")
     said = fails("evaluate", str(saved / "wine"), "--data", "digits", "--no-reference")
-    assert len(said) == 1
-    assert "cannot be run on this data" in said[0] or "shape" in said[0]
+    assert said == ["ppl-models: 'digits' must have 13 columns, as the run had, got 64."]
+    said = fails("evaluate", str(saved / "vae"), "--binarize", "static")
+    assert said[0].startswith("ppl-models: --binarize goes with --data")
+
+
+def test_other_rows_are_scored_in_the_units_of_the_run(saved, tmp_path) -> None:
+    torch.set_default_dtype(torch.float32)
+    table = pd.read_csv(saved / "wine.csv")
+    table.drop(columns="cultivar").to_csv(tmp_path / "others.csv", index=False)
+    words = ["evaluate", str(saved / "wine"), "--data", str(tmp_path / "others.csv")]
+    printed = json.loads(run(*words, "--particles", "2", "--no-reference", "--json").stdout)
+    assert printed["settings"]["data"] == "142 training and 178 test rows"
+    own = dataset(saved / "wine.csv", y="cultivar", standardize=True)
+    model = load_run(saved / "wine").model
+    want = model.log_evidence(torch.cat([own.x, own.x_test])).mean().item()
+    assert printed["guides"][0]["elbo"] == pytest.approx(want, rel=1e-5)
+
+
+def test_a_run_draws_without_its_data_and_is_not_scored_on_others_unawares(
+    tmp_path, fails, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    table = load_wine(as_frame=True).data
+    table.to_csv("wine.csv", index=False)
+    run("fit", "ppca", "--data", "wine.csv", "--epochs", "1", "--out", "run")
+    table.iloc[:100].to_csv("wine.csv", index=False)
+    (said,) = fails("evaluate", "run", "--no-reference")
+    assert "the data of this run are no longer what they were" in said
+    (tmp_path / "wine.csv").unlink()
+    for words in (["generate", "run", "--size", "2"], ["show", "run", "--out", "pictures"]):
+        result = run(*words)
+        assert "going on without the data: there is no file or folder" in result.stderr
+    (said,) = fails("evaluate", "run")
+    assert "there is no file or folder" in said
+
+
+def test_pictures_of_another_run_do_not_stay(tmp_path) -> None:
+    run("fit", "ppca", "--epochs", "1", "--out", str(tmp_path))
+    assert (tmp_path / "samples.png").exists()
+    load_wine(as_frame=True).data.to_csv(tmp_path / "wine.csv", index=False)
+    words = ["--data", str(tmp_path / "wine.csv"), "--epochs", "1", "--out", str(tmp_path)]
+    run("fit", "ppca", *words)
+    assert {file.stem for file in tmp_path.glob("*.png")} == {"bounds", "latents"}
 
 
 def test_a_run_on_a_table_of_ones_own_finds_it_again_from_anywhere(

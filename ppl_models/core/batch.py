@@ -43,9 +43,16 @@ def as_batch(data: Any, *programs: Any, device: torch.device | str | None = None
     names = argument_names(programs[0], len(arguments)) if programs else []
     names = names or [f"argument {i + 1}" for i in range(len(arguments))]
     like = parameter_like(*programs)
-    batch = tuple(
-        _tensor(value, name, like, device) for value, name in zip(arguments, names, strict=True)
-    )
+    drawn: dict[int, Tensor] = {}
+    tensors = []
+    for i, (value, name) in enumerate(zip(arguments, names, strict=True)):
+        if not isinstance(value, Dynamic):
+            tensors.append(_tensor(value, name, like, device))
+            continue
+        if id(value) not in drawn:  # the same data twice are the same draws
+            drawn[id(value)] = _tensor(value.draw(seed=i), name, like, device)
+        tensors.append(drawn[id(value)])
+    batch = tuple(tensors)
     lengths = [len(value) for value in batch]
     if len(set(lengths)) > 1:
         listed = ", ".join(f"{name}: {n}" for name, n in zip(names, lengths, strict=True))
@@ -56,6 +63,12 @@ def as_batch(data: Any, *programs: Any, device: torch.device | str | None = None
     return batch
 
 
+def has_dynamic(data: Any) -> bool:
+    """Whether any of what `as_batch` takes is to be drawn anew for each epoch."""
+    parts = data if isinstance(data, tuple | list) else (data,)
+    return any(isinstance(part, Dynamic) for part in parts)
+
+
 def redrawn(data: Any, batch: Batch) -> list[tuple[Tensor, Tensor]]:
     """Return what of a batch is to be drawn anew for each epoch, in place, and its probabilities.
 
@@ -63,10 +76,12 @@ def redrawn(data: Any, batch: Batch) -> list[tuple[Tensor, Tensor]]:
         data: What `as_batch` made the batch from.
         batch: The batch.
     """
+    if not has_dynamic(data):
+        return []  # and a torch Dataset is not read again
     return [
         (value, source.probabilities.to(value))
-        for source, value in zip(_arguments(data), batch, strict=True)
-        if isinstance(source, Dynamic)
+        for i, (source, value) in enumerate(zip(_arguments(data), batch, strict=True))
+        if isinstance(source, Dynamic) and not any(value is other for other in batch[:i])
     ]
 
 
@@ -217,8 +232,6 @@ def _tensor(
     value: Any, name: str, like: Tensor | None, device: torch.device | str | None
 ) -> Tensor:
     dtype = like.dtype if like is not None else None
-    if isinstance(value, Dynamic):
-        value = value.draw(seed=0)
     if not isinstance(value, Tensor):
         array = np.asarray(value)
         if array.dtype.kind not in "fiub":

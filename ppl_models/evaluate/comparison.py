@@ -6,6 +6,7 @@ import copy
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pyro
@@ -13,7 +14,7 @@ import torch
 from pyro import poutine
 from torch import Tensor, nn
 
-from ppl_models.core.batch import as_batch, check_device, check_model
+from ppl_models.core.batch import as_batch, check_device, check_model, has_dynamic
 from ppl_models.core.checks import check_count
 from ppl_models.core.modes import evaluating
 from ppl_models.core.random import seeded, stream
@@ -77,6 +78,8 @@ def compare(
         progress: Whether to show bars; None shows them on a terminal.
         options: Passed on to `fit`.
 
+    Ctrl-C while a guide is trained ends the comparison with those that are done.
+
     Raises:
         ValueError: If there is no guide, or as `fit`, `elbo` and `sample` do.
 
@@ -90,16 +93,18 @@ def compare(
         >>> abs(card["exact"].gap) < 1e-3
         True
     """
-    if not guides:
+    if not isinstance(guides, Mapping) or not guides:
         raise ValueError("compare: guides must name at least one guide, such as {'a': Amortized}.")
     check_device(device)
     settings = {"lr": lr, "steps": steps, "epochs": epochs, "batch_size": batch_size}
     training = {k: v for k, v in settings.items() if v is not None} | options
+    # Once, as a torch Dataset may be slow or random; what is drawn anew is left to `fit`.
+    data = data if has_dynamic(data) else as_batch(data, model)
     rows_test = as_batch(test, model)
     check_count("compare", "particles", particles, least=2)
     check_count("compare", "reference_rows", reference_rows)
     check_model(model, rows_test, plate=plate, rows=_rows(rows_test))
-    entries = []
+    entries, missing = [], []
     for name, make in guides.items():
         with _fresh(model, make, rows_test) as (own, mine):
             with seeded(seed):
@@ -114,6 +119,11 @@ def compare(
                 progress=_label(name, progress),
                 **training,
             )
+            if result.interrupted and not options.get("callbacks"):  # by Ctrl-C
+                if not entries:
+                    raise KeyboardInterrupt
+                missing = list(guides)[len(entries) :]
+                break
             entries.append(
                 _score(
                     name,
@@ -131,7 +141,11 @@ def compare(
                     progress=progress,
                 )
             )
-    return _card(entries, rows_test, reference_rows, reference, seed=seed, particles=particles)
+    card = _card(entries, rows_test, reference_rows, reference, seed=seed, particles=particles)
+    if missing:
+        note = f"Interrupted: {', '.join(missing)} would have followed."
+        card = replace(card, notes=(*card.notes, note))
+    return card
 
 
 def score(
@@ -219,8 +233,14 @@ def _card(
         "seed": seed,
         "particles": particles,
     }
-    beside = min(reference_rows, _rows(test)) if reference is not None else None
-    return Scorecard(tuple(entries), same, tuple(_notes(entries, beside)))
+    if first.settings["fixed_model"]:
+        same["model"] = "fixed"
+    notes = _notes(entries, min(reference_rows, _rows(test)) if reference is not None else None)
+    if len({entry.fit.steps for entry in entries}) > 1:
+        del same["steps"]
+        counts = ", ".join(f"{entry.name} {entry.fit.steps}" for entry in entries)
+        notes.insert(0, f"Not the same: steps, {counts}.")
+    return Scorecard(tuple(entries), same, tuple(notes))
 
 
 def _made(name: str, make: Callable[..., Any], model: Callable[..., Any]) -> Any:
@@ -262,6 +282,7 @@ def _score(
     **sampling: Any,
 ) -> Entry:
     guide: Any = result.guide
+    test = as_batch(test, model, guide)  # where the training has put them
     table = check_model(model, test, plate=plate, rows=_rows(test))
     start = time.perf_counter()
     on_test: Any = guide

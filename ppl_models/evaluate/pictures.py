@@ -68,7 +68,7 @@ def plot_reconstructions(
     draws: int = 20,
     site: str | None = None,
     cmap: str = "gray",
-    seed: int | None = None,
+    seed: int | None = 0,
     plate: str = "data",
     ax: Axes | None = None,
 ) -> Figure:
@@ -84,7 +84,8 @@ def plot_reconstructions(
         draws: Draws of the latents that are averaged, as in `reconstruct`.
         site: The observed site that is an image, where several might be.
         cmap: Colours of a grey image, by matplotlib's name: "gray", or "gray_r" for ink on paper.
-        seed: An integer isolates and reproduces; None draws from the global random stream.
+        seed: An integer isolates and reproduces: a look moves nothing. None draws from the global
+            random stream.
         plate: Name of the plate over rows.
         ax: Axes to draw into, such as `plt.gca()` for a window; by default a new picture.
 
@@ -128,7 +129,7 @@ def plot_samples(
     value_range: tuple[float, float] | None = None,
     site: str | None = None,
     cmap: str = "gray",
-    seed: int | None = None,
+    seed: int | None = 0,
     plate: str = "data",
     ax: Axes | None = None,
 ) -> Figure:
@@ -144,7 +145,8 @@ def plot_samples(
             them, and otherwise almost the smallest and largest.
         site: As in `plot_reconstructions`.
         cmap: As in `plot_reconstructions`.
-        seed: An integer isolates and reproduces; None draws from the global random stream.
+        seed: An integer isolates and reproduces: a look moves nothing. None draws from the global
+            random stream.
         plate: Name of the plate over rows.
         ax: Axes to draw into, such as `plt.gca()` for a window; by default a new picture.
 
@@ -199,7 +201,7 @@ def plot_interpolation(
     steps: int = 9,
     site: str | None = None,
     cmap: str = "gray",
-    seed: int | None = None,
+    seed: int | None = 0,
     plate: str = "data",
     ax: Axes | None = None,
 ) -> Figure:
@@ -218,7 +220,8 @@ def plot_interpolation(
         steps: Points on each way, both ends included.
         site: As in `plot_reconstructions`.
         cmap: As in `plot_reconstructions`.
-        seed: An integer isolates and reproduces; None draws from the global random stream.
+        seed: An integer isolates and reproduces: a look moves nothing. None draws from the global
+            random stream.
         plate: Name of the plate over rows.
         ax: Axes to draw into, such as `plt.gca()` for a window; by default a new picture.
 
@@ -289,7 +292,7 @@ def plot_latents(
     grid: int = 15,
     site: str | None = None,
     cmap: str = "gray",
-    seed: int | None = None,
+    seed: int | None = 0,
     plate: str = "data",
     ax: Axes | Sequence[Axes] | None = None,
 ) -> Figure:
@@ -308,7 +311,8 @@ def plot_latents(
         grid: Points along each side of the second panel.
         site: As in `plot_reconstructions`.
         cmap: As in `plot_reconstructions`, for the second panel.
-        seed: An integer isolates and reproduces; None draws from the global random stream.
+        seed: An integer isolates and reproduces: a look moves nothing. None draws from the global
+            random stream.
         plate: Name of the plate over rows.
         ax: Axes to draw into, such as `plt.gca()` for a window, or a pair of them where there is a
             second panel; by default a new picture.

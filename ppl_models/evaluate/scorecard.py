@@ -157,10 +157,14 @@ class Scorecard:
 
     def _footnotes(self) -> list[str]:
         same = ", ".join(f"{name} {value}" for name, value in self.settings.items())
-        return [
-            "ELBO, log p(x) and gap = log p(x) - ELBO in nats per test row, +- Monte Carlo error.",
+        beside = any(entry.reference is not None for entry in self.entries)
+        reference = [
             "mean err, scale: posterior means and scales against NUTS on the same trained model.",
             "Perfect are a gap of 0, a mean err of 0 and a scale of 1.",
+        ]
+        return [
+            "ELBO, log p(x) and gap = log p(x) - ELBO in nats per test row, +- Monte Carlo error.",
+            *(reference if beside else ["Perfect is a gap of 0."]),
             f"Same for all: {same}.",
             *self.notes,
         ]

@@ -212,7 +212,8 @@ def fit(
                 if (step - 1) % in_epoch == 0:
                     for value, probabilities in drawn:
                         value.copy_(torch.bernoulli(probabilities))
-                bound = run.gradients(chosen)
+                with _named_step(step):
+                    bound = run.gradients(chosen)
                 _check_finite(bound, leaves, step)
                 optimise.step()
                 bounds.append(bound.item())
@@ -290,6 +291,21 @@ class _Run:
             # In the layout of the leaf: fused optimisers read both as flat memory, unchecked.
             leaf.grad = None if gradient is None else torch.empty_like(leaf).copy_(gradient)
         return bound.detach() / self.size
+
+
+@contextmanager
+def _named_step(step: int) -> Iterator[None]:
+    """Say in a line what torch says in pages: that a distribution got numbers it cannot take."""
+    try:
+        yield
+    except ValueError as error:
+        if not str(error).startswith("Expected parameter"):
+            raise
+        what = " ".join(str(error).split()).partition(", but found")[0]
+        raise FloatingPointError(
+            f"fit: at step {step} training diverged ({what}); it has stopped before that step. Try "
+            "a smaller lr."
+        ) from error
 
 
 def _check_finite(bound: Tensor, leaves: list[Tensor], step: int) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ppl_models import VAE
-from ppl_models.core.batch import as_batch
+from ppl_models.core.batch import as_batch, redrawn
 from ppl_models.core.dynamic import Dynamic
 from ppl_models.evaluate import elbo
 from ppl_models.infer import fit
@@ -99,3 +99,29 @@ def test_a_part_of_it_is_drawn_anew_too() -> None:
 def test_what_is_no_probability_is_refused(bad) -> None:
     with pytest.raises(ValueError, match=r"probabilities must be in \[0, 1\]"):
         Dynamic(torch.tensor([[0.5, bad]]))
+
+
+def test_two_arguments_are_drawn_apart_and_one_given_twice_is_drawn_once() -> None:
+    p = torch.full((200, 3), 0.5)
+    one, other = Dynamic(p), Dynamic(p)
+    x, y = as_batch((one, other))
+    assert not torch.equal(x, y)
+    x, y = as_batch((one, one))
+    assert x is y
+    assert len(redrawn((one, one), (x, y))) == 1
+    assert len(redrawn((one, other), as_batch((one, other)))) == 2
+
+
+def test_a_redraw_happens_once_an_epoch(monkeypatch) -> None:
+    drawn = []
+    draw = torch.bernoulli
+    monkeypatch.setattr(torch, "bernoulli", lambda p: drawn.append(len(p)) or draw(p))
+    fit(Story(), nothing, Dynamic(torch.rand(48, 5)), epochs=2, batch_size=16, seed=0)
+    assert drawn.count(48) == 1 + 2  # the draw that is looked at, then one an epoch
+
+
+def test_the_probabilities_are_never_written_to() -> None:
+    p = torch.rand(20, 5)
+    before = p.clone()
+    fit(Story(), nothing, Dynamic(p), epochs=2, seed=0)
+    assert torch.equal(p, before)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 import re
+import signal
 from typing import Any
 
 import pandas as pd
@@ -14,10 +16,10 @@ import torch
 from torch import nn
 
 from guides import Amortized, Exact, Local
-from ppl_models import PPCA
+from ppl_models import PPCA, VAE
 from ppl_models.core.random import stream
-from ppl_models.evaluate import active_units, compare, elbo, log_evidence
-from ppl_models.infer import NUTS
+from ppl_models.evaluate import active_units, compare, elbo, log_evidence, score
+from ppl_models.infer import NUTS, fit
 
 QUICK = {"reference": None, "particles": 50, "progress": False}
 
@@ -444,3 +446,90 @@ def test_a_comparison_of_nothing_is_refused() -> None:
     for name, least in (("particles", 2), ("reference_rows", 1)):
         with pytest.raises(ValueError, match=f"{name} must be an integer >= {least}, got 0"):
             compare(model, {"a": Exact}, x, test, **{name: 0})
+
+
+def test_ctrl_c_ends_a_comparison_with_the_guides_that_are_done() -> None:
+    model = PPCA(5, 2)
+    x = model(size=30).detach()
+
+    def interrupting(program):
+        signal.setitimer(signal.ITIMER_REAL, 0.3)
+        return Amortized(program)
+
+    handler = signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        made = {"one": Exact, "two": interrupting, "three": Exact}
+        card = compare(model, made, x, x, steps=3000, reference=None, particles=2)
+        assert [entry.name for entry in card] == ["one"]
+        assert card.notes[-1] == "Interrupted: two, three would have followed."
+        with pytest.raises(KeyboardInterrupt):
+            compare(model, {"two": interrupting}, x, x, steps=100_000, reference=None)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler)
+        signal.signal(signal.SIGINT, before)
+
+
+def test_steps_that_differ_are_not_called_the_same() -> None:
+    model = PPCA(5, 2)
+    x = model(size=30).detach()
+    stops = iter([False, True, False, False, False])
+    made = {"one": Exact, "two": Exact}
+    options = {"steps": 3, "callbacks": [lambda step, bound: next(stops)]}
+    card = compare(model, made, x, x, reference=None, particles=2, **options)
+    assert "steps" not in card.settings
+    assert "Not the same: steps, one 2, two 3." in card.notes
+
+
+def test_a_torch_dataset_is_read_once() -> None:
+    class Rows(torch.utils.data.Dataset):
+        def __init__(self) -> None:
+            self.read = 0
+
+        def __len__(self) -> int:
+            return 20
+
+        def __getitem__(self, index):
+            if index >= len(self):
+                raise IndexError
+            self.read += 1
+            return torch.randn(5)
+
+    model, rows = PPCA(5, 2), Rows()
+    fit(model, Exact(model), rows, steps=1, seed=0)
+    assert rows.read == 20
+    compare(model, {"one": Exact, "two": Exact}, rows, torch.randn(9, 5), steps=1, reference=None)
+    assert rows.read == 40
+
+
+def test_score_is_the_row_of_compare() -> None:
+    model = VAE(6, 2, hidden=(4,))
+    x = model(size=40).detach()
+    options = {"particles": 10, "seed": 3, "reference": None}
+    card = compare(model, {"a": Amortized}, x[:30], x[30:], steps=3, **options)
+    alone = score(card["a"].fit, x[30:], name="a", **options)
+    ours, theirs = (c.to_pandas().drop(columns=["test_seconds"]) for c in (alone, card))
+    pd.testing.assert_frame_equal(ours, theirs)
+    assert alone.settings == card.settings
+
+
+def test_score_refuses_what_it_cannot_use() -> None:
+    model = PPCA(5, 2)
+    result = fit(model, Exact(model), model(size=30), steps=1)
+    with pytest.raises(ValueError, match="score: particles must be an integer >= 2, got 1"):
+        score(result, model(size=5), particles=1)
+
+
+def test_score_finds_rows_by_the_plate_of_the_fit() -> None:
+    def model(x):
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    x = torch.randn(12)
+    guide = Amortized(model, example=x, plate="rows")
+    result = fit(model, guide, x, steps=2, plate="rows", seed=0)
+    card = score(result, x, particles=4, reference=None)
+    assert card.entries[0].elbo.rows is not None
+    assert card.entries[0].active[1] == 1

@@ -584,3 +584,11 @@ def test_autoguides_serve_full_batches_and_are_refused_for_parts_of_the_rows() -
     guide(x)
     result = fit(model, guide, x, steps=400, lr=0.05, fixed_model=True, seed=0)
     assert result.bounds[-50:].mean() > result.bounds[:50].mean()
+
+
+def test_a_distribution_that_gets_nonsense_is_told_in_a_line() -> None:
+    model = VAE(6, 2, hidden=(4,))
+    with pytest.raises(FloatingPointError, match="at step .* training diverged") as caught:
+        fit(model, Amortized(model), model(size=40), steps=50, lr=1e9, seed=0)
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).endswith("Try a smaller lr.")
