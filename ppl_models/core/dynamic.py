@@ -15,7 +15,9 @@ class Dynamic:
 
         x_{nd} \sim \mathrm{Bernoulli}(p_{nd})
 
-    Everything else that takes data, such as `elbo`, sees one draw of it, always the same.
+    Everything else that takes data, such as `elbo`, sees one draw of it, always the same. It is no
+    tensor: for arithmetic, pictures or another library, take `x.probabilities`, the grey values, or
+    `x.draw()`, one binary tensor.
 
     Arguments:
         probabilities: The probability of a one, such as a grey value in [0, 1], shape (N, ...).

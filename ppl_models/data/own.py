@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -25,6 +26,7 @@ _SOURCES = (
     "a tensor, a numpy array, a pandas DataFrame, a torch Dataset, or the path of a folder of "
     "images or of a .csv, .tsv, .npy or .npz file"
 )
+_SIDE = 4096  # pixels; a row of such images has 16 million values
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class _Rows:
     x: np.ndarray
     y: Any = None
     columns: tuple[str, ...] | None = None
+    whole: bool = False  # whether a table held whole numbers only
 
 
 def dataset(
@@ -50,8 +53,9 @@ def dataset(
     """Make a data set with a fixed split of your own data.
 
     Values become float32 and are otherwise left as they are, except that images of bytes (a folder
-    of images, or whole numbers 0 to 255 of dtype uint8 in the shapes of images) are scaled to
-    [0, 1].
+    of images, or whole numbers 0 to 255 of any integer dtype in the shapes of images or with
+    `image_size`) are scaled to [0, 1]. Images of zeros and ones stay what they are; to keep other
+    whole numbers, pass floats.
 
     Arguments:
         source: One of
@@ -66,12 +70,13 @@ def dataset(
             - the path of a .npy file, or of a .npz file with x and, if there are labels, y
 
         y: Labels or targets, one for each row; or the name of a column of a DataFrame or .csv
-            file. Strings, whole numbers and booleans are classes, coded 0 to C - 1 in sorted order;
+            file. A Series beside a DataFrame must have the same index. Strings, whole numbers and booleans are classes, coded 0 to C - 1 in sorted order;
             what they stand for is in `labels`. Floats are a continuous target.
         test: Share of the rows to test, or their number; split by class where there are classes.
         binarize: As in `load`, for values in [0, 1].
         image_size: Side, or height and width, that the images of a folder are resized to; by
-            default they must all have one size. For flat rows, their height and width.
+            default they must all have one size. For flat rows, their height and width. At most
+            4096 a side.
         standardize: Whether to standardise the columns and a continuous y by the training rows.
         seed: Fixes the split.
         name: What to call it; by default the file's name, or "data".
@@ -171,6 +176,7 @@ def _from_frame(frame: pd.DataFrame, y: Any) -> _Rows:
     if isinstance(y, str):
         check_known("column", y, frame.columns)
         y, frame = frame[y], frame.drop(columns=y)
+    _check_index(frame, y)
     kinds = {name: dtype.kind for name, dtype in frame.dtypes.items()}
     text = [repr(name) for name, kind in kinds.items() if kind not in "iufb"]
     if text:
@@ -182,21 +188,74 @@ def _from_frame(frame: pd.DataFrame, y: Any) -> _Rows:
     if not kinds:
         raise ValueError("dataset: no columns are left for x.")
     x = frame.to_numpy(dtype=np.float64, na_value=np.nan)
-    return _Rows(x, y, tuple(map(str, frame.columns)))
+    return _Rows(x, y, tuple(map(str, frame.columns)), whole=set(kinds.values()) <= {"i", "u"})
+
+
+def _check_index(frame: pd.DataFrame, y: Any) -> None:
+    """Refuse labels that pandas would put beside other rows than their position does."""
+    import pandas as pd
+
+    if not isinstance(y, pd.Series | pd.DataFrame) or len(y) != len(frame):
+        return
+    if not y.index.equals(frame.index):
+        pairs = enumerate(zip(y.index, frame.index, strict=True))
+        row, (got, want) = next((i, pair) for i, pair in pairs if pair[0] != pair[1])
+        raise ValueError(
+            f"dataset: y must have the index of the DataFrame, but row {row} is {got!r} in y and "
+            f"{want!r} in the DataFrame. Align them with y=y.loc[frame.index]; or, if their rows "
+            "are in the same order, give y=y.to_numpy()."
+        )
 
 
 def _from_table(path: Path) -> pd.DataFrame:
     import pandas as pd
 
+    sep = "\t" if path.suffix.lower() == ".tsv" else ","
     try:
-        frame = pd.read_csv(path, sep="\t" if path.suffix.lower() == ".tsv" else ",")
-    except (ValueError, UnicodeDecodeError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", pd.errors.ParserWarning)
+            # by default the surplus fields at the start of a row become the index, without a word
+            frame = pd.read_csv(path, sep=sep, index_col=False)
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"dataset: '{path}' must be text in UTF-8, got {_line(error)}. Its encoding is likely "
+            "another one: read it with pandas and pass the frame: "
+            "dataset(pandas.read_csv(path, encoding='cp1252'), ...)."
+        ) from error
+    except pd.errors.ParserWarning as error:
+        start = pd.read_csv(path, sep=sep, nrows=1)
+        names = len(start.columns)
+        raise ValueError(
+            f"dataset: the first line of '{path}' must name every column, but it has {names} "
+            f"{'field' if names == 1 else 'fields'} and the next one has "
+            f"{names + start.index.nlevels}. {_advice(sep)}"
+        ) from error
+    except pd.errors.ParserError as error:
+        raise ValueError(
+            f"dataset: '{path}' is no table: {_line(error)}. {_advice(sep)}"
+        ) from error
+    except ValueError as error:
         raise ValueError(f"dataset: '{path}' is no table: {_line(error)}.") from error
+    if len(frame.columns) == 1 and frame.dtypes.iloc[0].kind not in "iufb":
+        name = str(frame.columns[0])
+        if any(mark in name for mark in {",", ";", "\t"} - {sep}):
+            raise ValueError(
+                f"dataset: the columns of '{path}' must be separated by {sep!r}, but there is only "
+                f"one, {name!r}. {_advice(sep)}"
+            )
     if len(frame.columns) and all(_is_number(name) for name in frame.columns):
         raise ValueError(
             f"dataset: the first line of '{path}' must hold the names of the columns, got numbers."
         )
     return frame.loc[:, ~frame.columns.str.match(r"Unnamed: \d+$")]
+
+
+def _advice(sep: str) -> str:
+    asked = "';'" if sep == "," else "',' or ';'"
+    return (
+        f"Is the separator {asked}, or the decimal sign ','? Then read it with pandas and pass the "
+        "frame: dataset(pandas.read_csv(path, sep=';', decimal=','), ...)."
+    )
 
 
 def _from_npy(path: Path) -> _Rows:
@@ -346,7 +405,8 @@ def _values(rows: _Rows, size: tuple[int, int] | None) -> tuple[np.ndarray, tupl
         shape = size
     with np.errstate(over="ignore"):
         out = np.array(flat, dtype=np.float32, order="C")
-    if shape is not None and x.dtype == np.uint8:
+    whole = rows.whole or x.dtype.kind in "iu"
+    if shape is not None and whole and out.min() >= 0 and 1 < out.max() <= 255:
         out /= np.float32(255)
     bad = ~np.isfinite(out)
     if bad.any():
@@ -389,6 +449,13 @@ def _target(y: Any, rows: int) -> tuple[np.ndarray | None, tuple[str | int, ...]
     if len({isinstance(item, str) for item in items}) > 1:
         raise ValueError("dataset: y mixes strings and numbers; use one of the two.")
     labels = sorted(set(items))
+    if len(labels) > rows / 2 and not isinstance(labels[0], str | bool | np.bool_):
+        warnings.warn(
+            f"dataset: y holds whole numbers, which are classes, and {len(labels)} of them in "
+            f"{rows} rows. If they are a quantity, pass floats, which are a continuous target: "
+            "y.astype(float).",
+            stacklevel=3,
+        )
     code = {label: i for i, label in enumerate(labels)}
     return np.array([code[item] for item in items], dtype=np.int64), tuple(labels)
 
@@ -414,9 +481,12 @@ def _size(size: int | tuple[int, int] | None) -> tuple[int, int] | None:
     if (
         not isinstance(pair, tuple | list)
         or len(pair) != 2
-        or not all(isinstance(v, Integral) and int(v) >= 1 for v in pair)
+        or not all(isinstance(v, Integral) and 1 <= int(v) <= _SIDE for v in pair)
     ):
-        raise ValueError(f"dataset: image_size must be a side or (height, width), got {size!r}.")
+        raise ValueError(
+            f"dataset: image_size must be a side or (height, width), each from 1 to {_SIDE} "
+            f"pixels, got {size!r}."
+        )
     return int(pair[0]), int(pair[1])
 
 

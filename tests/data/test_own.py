@@ -87,7 +87,7 @@ def test_the_rows_to_test_are_a_share_or_a_number(test, rows) -> None:
     assert len(dataset(ROWS, test=test).x_test) == rows
 
 
-@pytest.mark.parametrize("test", [0, 0.0, 1.0, 30, -1, True, "half", None, float("nan")])
+@pytest.mark.parametrize("test", [0, 0.0, 1.0, 30, -1, True, "half", None, 1.5, np.inf, np.nan])
 def test_both_parts_have_a_row(test) -> None:
     with pytest.raises(ValueError, match=r"test must be a share .* At least one row to test is ne"):
         dataset(ROWS, test=test)
@@ -124,6 +124,37 @@ def test_floats_are_a_continuous_target() -> None:
     assert data.y.dtype == torch.float32
     assert torch.equal(data.y, data.x[:, 0] * 2)
     assert torch.equal(data.y_test, data.x_test[:, 0] * 2)
+
+
+def test_a_class_for_nearly_every_row_is_warned_about(recwarn) -> None:
+    with pytest.warns(UserWarning, match=r"16 of them in 30 rows\. .*pass floats.*astype\(float\)"):
+        data = dataset(ROWS, y=np.minimum(np.arange(30), 15))
+    assert data.classes == 16
+    recwarn.clear()
+    dataset(ROWS, y=np.minimum(np.arange(30), 14))
+    dataset(ROWS, y=[f"row {i}" for i in range(30)])
+    dataset(ROWS[:3], y=[True, False, True])
+    assert not recwarn.list
+
+
+def test_a_series_beside_a_frame_has_its_index() -> None:
+    table = pd.DataFrame(ROWS, index=range(100, 130))
+    target = pd.Series(ROWS[:, 0], index=table.index)
+    data = dataset(table, y=target)
+    assert torch.equal(data.y, data.x[:, 0])
+    mixed = target.sample(frac=1, random_state=0)
+    said = (
+        r"y must have the index of the DataFrame, but row 0 is \d+ in y .*y=y\.loc\[frame\.index\]"
+    )
+    with pytest.raises(ValueError, match=said):
+        dataset(table, y=mixed)
+    with pytest.raises(ValueError, match=said):
+        dataset(table, y=target.reset_index(drop=True).to_frame())
+    with pytest.raises(ValueError, match=r"for each of the 30 rows, got shape \(29,\)"):
+        dataset(table, y=target[1:])
+    assert torch.equal(dataset(table, y=mixed.loc[table.index]).y, data.y)
+    assert torch.equal(dataset(table, y=target.to_numpy()).y, data.y)
+    assert torch.equal(dataset(ROWS, y=target).y, data.y)
 
 
 def test_a_column_of_a_frame_is_the_target() -> None:
@@ -184,6 +215,26 @@ def test_images_are_laid_flat_and_bytes_are_scaled(shape) -> None:
     assert flat.image_shape == (4, 5)
     assert torch.equal(flat.x, data.x)
     assert dataset(grey.reshape(20, 20)).x.max() == 255  # counts may be bytes too
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.int32, np.uint16, ">i4"])
+def test_bytes_of_any_integer_dtype_are_scaled(dtype, tmp_path) -> None:
+    grey = np.arange(400, dtype=np.uint8).reshape(20, 4, 5)
+    wide, flat = grey.astype(dtype), pd.DataFrame(grey.reshape(20, 20).astype(dtype))
+    flat.to_csv(tmp_path / "pixels.csv", header=[f"p{i}" for i in range(20)], index=False)
+    x = dataset(grey).x
+    assert torch.equal(dataset(wide).x, x)
+    for source in (flat.to_numpy(), flat, tmp_path / "pixels.csv"):
+        assert torch.equal(dataset(source, image_size=(4, 5)).x, x)
+        assert dataset(source).x.max() == 255  # counts
+    assert dataset(wide.astype(float)).x.max() == 255
+    assert dataset(wide.astype(np.int64) + 1).x.max() == 256  # no bytes
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.uint8, bool])
+def test_images_of_zeros_and_ones_stay_what_they_are(dtype) -> None:
+    binary = (np.arange(400) % 3 == 0).reshape(20, 4, 5).astype(dtype)
+    assert dataset(binary).x.unique().tolist() == [0, 1]
 
 
 def test_images_are_made_binary() -> None:
@@ -305,6 +356,48 @@ def test_files_that_cannot_be_read_say_why(tmp_path) -> None:
         dataset(tmp_path / "x.csv")
 
 
+ADVICE = r".*sep=';', decimal=','\), \.\.\.\)\.$"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("x.csv", "a,b\n1,2,3\n4,5,6\n", r"it has 2 fields and the next one has 3\."),
+        ("x.csv", "a,b\n1,2,3,4\n4,5,6,7\n", r"it has 2 fields and the next one has 4\."),
+        ("x.csv", "height;weight\n1,80;80,5\n1,7;60,1\n", r"it has 1 field and the next one has 3"),
+        ("x.csv", "a,b\n0,2,3\n1,5,6\n", r"it has 2 fields and the next one has 3\."),
+        ("x.csv", "a,b\n1,2\n4,5,6\n", r"Expected 2 fields in line 3, saw 3\."),
+        ("x.csv", "a;b\n1;2\n3;4\n", r"separated by ',', but there is only one, 'a;b'\."),
+        ("x.csv", "a\tb\n1\t2\n3\t4\n", r"only one, 'a\\tb'\."),
+        ("x.tsv", "a,b\n1,2\n3,4\n", r"separated by '\\t', .* Is the separator ',' or ';'"),
+        ("x.tsv", "a\tb\n1\t2\t3\n3\t4\t5\n", r"it has 2 fields and the next one has 3\."),
+    ],
+)
+def test_tables_with_other_marks_are_refused_with_how_to_read_them(
+    tmp_path, name, text, said
+) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=said + ADVICE):
+        dataset(tmp_path / name)
+
+
+def test_tables_in_another_encoding_are_refused_with_how_to_read_them(tmp_path) -> None:
+    for encoding in ("cp1252", "utf-16"):
+        (tmp_path / "x.csv").write_text("größe,b\n1,2\n3,4\n", encoding=encoding)
+        with pytest.raises(ValueError, match=r"must be text in UTF-8.*encoding='cp1252'\)"):
+            dataset(tmp_path / "x.csv")
+
+
+def test_a_mark_at_the_end_of_each_line_is_no_column(tmp_path) -> None:
+    (tmp_path / "x.csv").write_text("a,b\n1,2,\n3,4,\n")
+    np.testing.assert_array_equal(rejoined(dataset(tmp_path / "x.csv")), [[1, 2], [3, 4]])
+
+
+def test_one_column_of_numbers_may_have_any_name(tmp_path) -> None:
+    (tmp_path / "x.csv").write_text("weight; kg\n1\n2\n")
+    assert dataset(tmp_path / "x.csv").columns == ("weight; kg",)
+
+
 def holes(*rows: int) -> np.ndarray:
     x = ROWS.copy()
     x[list(rows), 1] = np.nan
@@ -343,6 +436,8 @@ def holes(*rows: int) -> np.ndarray:
         (ROWS, {"image_size": (2, 2)}, r"image_size=\(2, 2\) takes 4 values in each row, got 3"),
         (ROWS.reshape(15, 2, 3), {"image_size": 4}, r"does not fit images of 2 x 3"),
         (ROWS, {"image_size": (0, 3)}, r"image_size must be a side or \(height, width\)"),
+        (ROWS, {"image_size": (4097, 3)}, r"each from 1 to 4096 pixels, got \(4097, 3\)"),
+        (ROWS, {"image_size": 10**9}, r"each from 1 to 4096 pixels, got 1000000000"),
         (ROWS, {"image_size": "big"}, r"image_size must be a side or \(height, width\)"),
         (ROWS, {"seed": -1}, r"seed must be an integer from 0"),
         (ROWS, {"binarize": "often"}, r"data: binarize must be None, 'threshold'"),
