@@ -54,6 +54,7 @@ VERSIONS = {
 }
 TRAINING = ("steps", "epochs", "batch_size", "parameters", "seconds", "compiled", "interrupted")
 TRAINING += ("settings",)
+PROGRAM = {"kind", "module", "frozen", "rows", "recipe", "yours"}
 
 
 @dataclass(frozen=True)
@@ -487,6 +488,11 @@ def _read(
         history = _read_file(path, config["files"]["history"]).decode()
         bounds = [float(row["bound"]) for row in csv.DictReader(history.splitlines())]
         training = {name: config["training"][name] for name in TRAINING}
+        for role in ("model", "guide"):
+            if missing := PROGRAM - set(config[role]):
+                raise KeyError(f"{role} without {sorted(missing)}")
+        if not isinstance(config["info"], dict) or "bound" not in config:
+            raise KeyError("without info or bound")
         if len(bounds) != training["steps"]:
             raise KeyError(f"{len(bounds)} bounds of {training['steps']} steps")
         return config, tensors, bounds, training

@@ -1314,3 +1314,40 @@ def test_the_python_of_the_page_on_runs_runs(tmp_path, monkeypatch) -> None:
     for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
         exec(compile(block, "runs.md", "exec"), scope)  # noqa: S102 - our own text
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["ppca", "vae"]
+
+
+@pytest.mark.parametrize(
+    "path", [("model",), ("guide",), ("info",), ("bound",), ("model", "frozen"), ("guide", "kind")]
+)
+def test_a_config_without_one_of_its_parts_is_damaged(saved, tmp_path, path) -> None:
+    folder = saved.copied(tmp_path)
+
+    def drop(config: Any) -> None:
+        for key in path[:-1]:
+            config = config[key]
+        del config[path[-1]]
+
+    edit(folder, drop)
+    with pytest.raises(ValueError, match="is damaged"):
+        load_run(folder)
+
+
+def test_a_save_leaves_the_files_of_another_writer_that_came_in_between(
+    saved, tmp_path, monkeypatch
+) -> None:
+    folder = tmp_path / "run"
+    model = PPCA(5, 2)
+    result = fit(model, Exact(model), model(size=9), steps=1, seed=0)
+    save_run(folder, result)
+    put_file, others = runs._put, []
+
+    def between(file: Path, content: bytes) -> None:
+        put_file(file, content)
+        if file.name == "config.json" and not others:
+            others.append(file)
+            save_run(folder, result)  # the same contents, another config
+
+    monkeypatch.setattr(runs, "_put", between)
+    save_run(folder, result)
+    assert others
+    assert torch.equal(load_run(folder).fit.bounds, result.bounds)

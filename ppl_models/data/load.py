@@ -40,7 +40,8 @@ def load(name: str = "digits", *, binarize: Binarize | None = None, split: int =
             - digits (1437 rows to train, 360 to test; 8 x 8; 10 classes), split by class
             - mnist, fashion_mnist (60000, 10000; 28 x 28; 10 classes), split as published
             - binarized_mnist (50000, 10000 to validate, 10000; 28 x 28), Larochelle's static
-              binarisation: in its own order, without labels
+              binarisation: in its own order, without labels. Its test rows come class by class:
+              take a random part of them, not the first
             - omniglot (24345, 8070; 28 x 28; 50 alphabets), split as in Burda et al. (2016)
             - olivetti (320, 80; 64 x 64; 40 people), 8 and 2 pictures of each
             - frey_faces (1572, 393; 28 x 20), split at random: neighbouring frames are near
