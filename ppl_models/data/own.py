@@ -425,7 +425,7 @@ def _target(y: Any, rows: int) -> tuple[np.ndarray | None, tuple[str | int, ...]
         return None, None
     import pandas as pd
 
-    values = y.detach().cpu().numpy() if isinstance(y, Tensor) else y
+    values = _array(y) if isinstance(y, Tensor) else y
     series = pd.Series(np.ravel(values) if isinstance(values, np.ndarray) else values)
     if np.shape(values) not in ((rows,), (rows, 1)):
         raise ValueError(
@@ -436,7 +436,9 @@ def _target(y: Any, rows: int) -> tuple[np.ndarray | None, tuple[str | int, ...]
     if missing:
         raise ValueError(f"dataset: {missing} of {rows} labels or targets are missing.")
     if series.dtype.kind == "f":
-        target = series.to_numpy(dtype=np.float32)
+        target = series.to_numpy(
+            dtype=np.float32, copy=True
+        )  # pandas shares what may not be written
         if not np.isfinite(target).all():
             raise ValueError("dataset: targets must be finite.")
         return target, None

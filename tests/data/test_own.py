@@ -472,3 +472,11 @@ def test_torch_datasets_that_cannot_be_read_say_why() -> None:
         dataset(Rows([(1, 2, 3)] * 4))
     with pytest.raises(ValueError, match=r"got rows of \(2,\), \(3,\)"):
         dataset(Rows([torch.zeros(2), torch.zeros(3)]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_continuous_target_in_a_tensor_is_taken_in_any_precision(dtype) -> None:
+    y = torch.linspace(0, 1, 20).to(dtype)
+    data = dataset(torch.rand(20, 3), y=y)
+    got = torch.cat([data.y, data.y_test]).sort().values
+    assert torch.equal(got, y.float())
