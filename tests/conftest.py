@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 
 import pyro
@@ -16,6 +17,7 @@ torch.set_num_threads(1)  # two test processes share two cores
 
 @pytest.fixture(autouse=True)
 def _isolated() -> Iterator[None]:
+    sys.modules.pop("ipykernel", None)  # an earlier test's: it would say that somebody is looking
     dtype = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     pyro.clear_param_store()

@@ -130,7 +130,10 @@ def test_compare_writes_a_table_and_a_page_and_reproduces_by_its_seed(tmp_path) 
         (["fit", "ppca", "--binarize", "static", "--data", "wine.csv"], "wine: binarize="),
         (["fit", "vae", "--hidden", "64;64"], "--hidden must be positive integers"),
         (["fit", "ppca", "--latent-dim", "65"], "PPCA: latent_dim must be in [1, 64], got 65."),
-        (["fit", "vae", "--image-size", "8by8", "--data", "."], "--image-size must be height x width"),
+        (
+            ["fit", "vae", "--image-size", "8by8", "--data", "."],
+            "--image-size must be height x width",
+        ),
         (["fit", "vae", "--data", "nowhere.csv"], "there is no file or folder 'nowhere.csv'"),
         (["fit", "vae", "--data", "digits", "--test", "0.5"], "test is for your own data"),
         (["fit", "vae", "--data", "wine.csv", "--split", "3"], "split is for uci/"),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import sys
 import threading
 import time
 import warnings
@@ -378,7 +377,6 @@ def test_a_fingerprint_is_of_content_and_not_of_its_width() -> None:
 
 
 def test_a_bar_is_shown_on_a_terminal_only(server, empty_cache, monkeypatch, capsys) -> None:
-    monkeypatch.delitem(sys.modules, "ipykernel", raising=False)  # as another test leaves it
     read("set", [server.file()])
     assert capsys.readouterr().err == ""
     (empty_cache / "set/file.bin").unlink()
