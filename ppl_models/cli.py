@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Iterable, Mapping
@@ -309,7 +310,7 @@ def fit(
             )
         )
     _say_written(out, [out / "config.json", *pictures])
-    typer.echo(f"Next: ppl-models evaluate {out}", err=True)
+    typer.echo(f"Next: ppl-models evaluate {shlex.quote(str(out))}", err=True)
 
 
 @app.command()
@@ -393,6 +394,10 @@ def sample(
     torch.set_num_threads(threads)
     loaded, dataset = _run(run, device, data, binarize)
     folder = None if out is None else _folder(out)
+    if rows > len(dataset.x_test):
+        raise ValueError(
+            f"--rows must be at most {len(dataset.x_test)}, the test rows; got {rows}."
+        )
     posterior = sample_posterior(
         loaded.model,
         dataset.x_test[:rows],

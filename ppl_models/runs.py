@@ -502,6 +502,8 @@ def _read(
 
 def _read_config(path: Path) -> dict[str, Any]:
     file = path / CONFIG
+    if path.is_file():
+        raise ValueError(f"load_run: path must be the folder of a run, but '{path}' is a file.")
     if not file.is_file():
         raise ValueError(f"load_run: there is no run in '{path}': it has no {CONFIG}.")
     try:

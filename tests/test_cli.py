@@ -145,6 +145,7 @@ def test_compare_writes_a_table_and_a_page_and_reproduces_by_its_seed(tmp_path) 
         (["sample", "runs/vea"], "load_run: there is no run in 'runs/vea'"),
         (["generate", "runs/vea"], "load_run: there is no run in 'runs/vea'"),
         (["show", "runs/vea"], "load_run: there is no run in 'runs/vea'"),
+        (["show", "wine.csv"], "load_run: path must be the folder of a run, but 'wine.csv' is a"),
         (["compare", "vae", "--lr", "-1", "--epochs", "1"], "fit: lr must be > 0, got -1.0."),
         (
             ["compare", "vae", "--guides", "exact", "--epochs", "1"],
@@ -259,6 +260,8 @@ def test_evaluate_takes_other_data_and_says_when_none_is_known(saved, fails, tmp
     assert run(*words).stdout.splitlines()[1].startswith("Exact")
     said = fails("evaluate", str(saved / "wine"), "--data", "digits", "--no-reference")
     assert said == ["ppl-models: 'digits' must have 13 columns, as the run had, got 64."]
+    (said,) = fails("sample", str(saved / "wine"), "--rows", "37")
+    assert said == "ppl-models: --rows must be at most 36, the test rows; got 37."
     said = fails("evaluate", str(saved / "vae"), "--binarize", "static")
     assert said[0].startswith("ppl-models: --binarize goes with --data")
 

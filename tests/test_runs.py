@@ -1120,9 +1120,11 @@ def test_what_is_no_run_is_told_apart(tmp_path, content, message) -> None:
 
 
 def test_a_path_that_is_no_folder_has_no_run(saved, tmp_path) -> None:
-    for path in (tmp_path / "nothing", saved.folder / "config.json", str(tmp_path)):
+    for path in (tmp_path / "nothing", str(tmp_path)):
         with pytest.raises(ValueError, match="load_run: there is no run in"):
             load_run(path)
+    with pytest.raises(ValueError, match=r"must be the folder of a run, but '.*config.json' is a"):
+        load_run(saved.folder / "config.json")
 
 
 # A disk that is full, and a process that is stopped.
