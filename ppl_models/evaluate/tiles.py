@@ -83,7 +83,7 @@ def axes_for_tiles(
     lines, columns, height, width = tiles.shape[:4]
     across = columns + beside
     tile = min(1.0, max(0.3, 8.0 / across, 1.6 / lines))
-    return axes_for(ax, max(4.0, across * tile + 1.2), lines * tile * height / width + 0.5 + below)
+    return axes_for(ax, max(4.0, across * tile + 1.2), lines * tile * height / width + 0.8 + below)
 
 
 def image_site(
