@@ -176,7 +176,7 @@ def test_what_the_table_lacks_is_the_users_own_and_is_not_built(value, kind) -> 
 @pytest.mark.parametrize("kind", ["itself", "name"])
 @pytest.mark.parametrize("name", ["os.system", "builtins.eval", "shapes.Pint", "Point", ""])
 def test_nothing_is_made_that_is_not_in_the_table(kind, name) -> None:
-    spec = {kind: name} | ({"arguments": {"x": "touch /tmp/x"}} if kind == "name" else {})
+    spec = {kind: name} | ({"arguments": {"x": "touch x"}} if kind == "name" else {})
     with pytest.raises(ValueError, match=f"there is no building block '{name}'"):
         recipe.decode(spec, NAMES, {})
 
