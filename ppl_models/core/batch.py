@@ -19,6 +19,7 @@ from ppl_models.core.sites import (
     base_support,
     describe,
     describe_program,
+    move_notes,
     site_table,
 )
 from ppl_models.core.types import Batch
@@ -112,10 +113,12 @@ def check_model(model: Callable[..., Any], batch: Batch, *, plate: str, rows: in
             for name, value in zip(names, part, strict=True)
         )
         reason = f"{type(error).__name__}: {error}"
-        raise ValueError(
+        refusal = ValueError(
             f"{describe_program(model)} cannot be run on this data. It was called with "
             f"{shapes or 'no arguments'} and said:\n  {reason}"
-        ) from error
+        )
+        move_notes(error, refusal)
+        raise refusal from error
     table.check_plates()
     names = argument_names(model, len(batch))
     for site in table.observed:
@@ -275,7 +278,7 @@ def _check_observed(site: Site, value: Tensor, what: str) -> None:
     support = site.support
     if not value.is_floating_point() and (not support.is_discrete or _is_boolean(support)):
         raise ValueError(
-            f"{what}: {describe_fn(site)} needs floating point values, got {value.dtype}. "
+            f"{what}: {site.distribution} needs floating point values, got {value.dtype}. "
             "Convert with x.float()."
         )
     if value.shape != site.value.shape and not _same_everywhere(support):
@@ -297,7 +300,7 @@ def _check_observed(site: Site, value: Tensor, what: str) -> None:
             else ""
         )
         raise ValueError(
-            f"{what}: {describe_fn(site)} has support '{describe(support)}', but {share:.2%} of "
+            f"{what}: {site.distribution} has support '{describe(support)}', but {share:.2%} of "
             f"the values are outside it (they range from {low:.4g} to {high:.4g}).{hint}"
         )
 
@@ -305,14 +308,6 @@ def _check_observed(site: Site, value: Tensor, what: str) -> None:
 def _same_everywhere(support: constraints.Constraint) -> bool:
     base, _ = base_support(support)
     return not any(isinstance(bound, Tensor) and bound.ndim for bound in vars(base).values())
-
-
-def describe_fn(site: Site) -> str:
-    """Name the distribution of a site in a message."""
-    fn = site.fn
-    while hasattr(fn, "base_dist") and type(fn).__name__ in ("Independent", "ExpandedDistribution"):
-        fn = fn.base_dist  # pyright: ignore[reportAttributeAccessIssue]
-    return type(fn).__name__
 
 
 def _is_boolean(support: constraints.Constraint) -> bool:

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
 from pyro import poutine
+from pyro.distributions import ExpandedDistribution, Independent, MaskedDistribution, Unit
 from pyro.poutine.indep_messenger import CondIndepStackFrame
+from pyro.poutine.runtime import apply_stack
+from pyro.poutine.trace_messenger import TraceMessenger
 from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
@@ -38,6 +43,9 @@ class Site:
         plates: Frame of each plate around it, with `name`, `dim` (None for a sequential plate),
             `size` and, if it subsamples by itself, a larger `full_size`.
         plate: Name of the plate over rows.
+        deterministic: Whether it is a `pyro.deterministic` statement, which has no density.
+        log_density: Of the value, scaled and masked as it counts, nats in total: what `explain`
+            adds; None where it is unknown.
     """
 
     name: str
@@ -48,11 +56,31 @@ class Site:
     enumerated: bool
     plates: tuple[CondIndepStackFrame, ...]
     plate: str
+    deterministic: bool = False
+    log_density: float | None = None
 
     @property
     def latent(self) -> bool:
         """Whether a guide must sample it."""
-        return not self.observed and not self.enumerated
+        return not self.observed and not self.enumerated and not self.deterministic
+
+    @property
+    def role(self) -> str:
+        """What it is: 'local latent', 'global latent', 'observed', 'factor', 'deterministic', ..."""
+        kind = self._kind
+        return (
+            f"{'local' if self.local else 'global'} {kind}"
+            if kind in ("latent", "enumerated")
+            else kind
+        )
+
+    @property
+    def _kind(self) -> str:
+        if self.deterministic:
+            return "deterministic"
+        if self.observed:
+            return "factor" if isinstance(base_distribution(self.fn), Unit) else "observed"
+        return "enumerated" if self.enumerated else "latent"
 
     @property
     def local(self) -> bool:
@@ -63,6 +91,11 @@ class Site:
     def data_dim(self) -> int | None:
         """Dimension of the plate over rows: None outside it, and where it is sequential."""
         return next((f.dim for f in self.plates if f.name == self.plate), None)
+
+    @property
+    def distribution(self) -> str:
+        """Name of its distribution, without what Pyro puts around it."""
+        return type(base_distribution(self.fn)).__name__
 
     @property
     def support(self) -> constraints.Constraint:
@@ -165,11 +198,9 @@ class SiteTable:
         rows = [
             (
                 site.name,
-                _role(site),
+                site.role,
                 ", ".join(frame.name for frame in site.plates) or "-",
-                str(tuple(site.batch_shape)),
-                str(tuple(site.event_shape)),
-                describe(site.support),
+                *cells(site),
             )
             for site in self.sites
         ]
@@ -197,9 +228,16 @@ def site_table(
         z     local latent  data    (7,)   (2,)   real vector
         x     observed      data    (7,)   (5,)   real vector
     """
-    with poutine.block(), scratch_store(), own_parameters(model), seeded(seed), evaluating(model):
-        trace = poutine.trace(model).get_trace(*batch)
-    return table_of(trace, plate)
+    with (
+        poutine.block(),
+        scratch_store(),
+        own_parameters(model),
+        seeded(seed),
+        evaluating(model),
+        recorded(model) as record,
+    ):
+        model(*batch)
+    return table_of(record.trace, plate)
 
 
 def table_of(trace: Trace, plate: str = "data") -> SiteTable:
@@ -209,15 +247,105 @@ def table_of(trace: Trace, plate: str = "data") -> SiteTable:
     )
 
 
+def all_sites(trace: Trace, plate: str = "data") -> Iterator[tuple[Site, Any]]:
+    """Yield each site of a trace and its node, `deterministic` statements too."""
+    nodes: dict[str, Any] = dict(trace.nodes)
+    for name, node in nodes.items():
+        if node["type"] == "sample" and not site_is_subsample(node):
+            yield _site(name, node, plate), node
+
+
 def stochastic_nodes(trace: Trace) -> Iterator[tuple[str, Any]]:
     """Yield the sample statements of a trace: no plates, no parameters, no `deterministic`."""
     nodes: dict[str, Any] = dict(trace.nodes)
     for name, node in nodes.items():
         if node["type"] != "sample" or site_is_subsample(node):
             continue
-        if node["infer"].get("_deterministic", False):
+        if _is_deterministic(node):
             continue
         yield name, node
+
+
+@contextmanager
+def recorded(program: Callable[..., Any]) -> Iterator[TraceMessenger]:
+    """Record the statements of a block that runs a program: its `.trace`.
+
+    An error of shapes, or another of the program's own, comes through as it is, with a note that
+    tabulates the sites that the program had reached. (`poutine.trace(program)` would raise a copy
+    of it.) The library's own errors say all there is to say, and get no note.
+
+    Arguments:
+        program: A model or a guide, to name it in the note.
+    """
+    with poutine.trace() as record:
+        try:
+            yield record
+        except (ValueError, RuntimeError, IndexError) as error:
+            # The note must not hide the error, whatever a half-run program left behind.
+            with suppress(Exception):
+                if not _is_own(error) and not getattr(error, "__notes__", ()):
+                    error.add_note(_progress(program, record.trace, error))
+            raise
+
+
+def failing_site(error: BaseException) -> Any:
+    """Return the sample statement in which an error was raised, as Pyro's message, or None."""
+    found = None
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        if frame.f_code is apply_stack.__code__:
+            message = frame.f_locals["initial_msg"]
+            if message["type"] == "sample" and not site_is_subsample(message):
+                found = message
+    return found
+
+
+def failing_place(trace: Trace, error: BaseException) -> str:
+    """Say in words where a program failed: at a site, after one, or before the first."""
+    message = failing_site(error)
+    if message is not None:
+        fn = message["fn"]
+        said = f"at site '{message['name']}'"
+        if not isinstance(fn, Distribution):
+            return said
+        return (
+            f"{said}, {type(base_distribution(fn)).__name__} with batch shape "
+            f"{tuple(fn.batch_shape)} and event shape {tuple(fn.event_shape)}"
+        )
+    names = [site.name for site, _ in all_sites(trace)]
+    return f"after site '{names[-1]}'" if names else "before its first site"
+
+
+def _progress(program: Callable[..., Any], trace: Trace, error: BaseException) -> str:
+    said = f"{describe_program(program)} failed {failing_place(trace, error)}."
+    rows = [
+        (
+            site.name,
+            site._kind,
+            describe_plates(site.plates),
+            *cells(site)[:2],
+            str(tuple(site.value.shape)),  # not batch + event, if the guide drew it otherwise
+        )
+        for site, _ in all_sites(trace)
+    ]
+    if not rows:
+        return said
+    head = ("site", "role", "plates", "batch", "event", "value")
+    lines = text_table(head, rows).splitlines()
+    return "\n  ".join([f"{said} Its sites so far:", *lines])
+
+
+def _is_own(error: BaseException) -> bool:
+    """Whether the library raised an error, rather than torch or a user."""
+    module = ""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        module = frame.f_globals.get("__name__", "")
+    return isinstance(error, ValueError) and module.split(".")[0] in ("ppl_models", "guides")
+
+
+def move_notes(source: BaseException, target: BaseException) -> None:
+    """Hang the notes of an error on the one that is raised in its place."""
+    for note in source.__dict__.pop("__notes__", ()):
+        target.add_note(note)
 
 
 def example_batch(model: Callable[..., Any], example: Any = None, size: int = 2) -> Batch:
@@ -238,7 +366,14 @@ def example_batch(model: Callable[..., Any], example: Any = None, size: int = 2)
             f"{describe_program(model)} cannot draw a batch by itself, because it takes no `size=`."
             " Pass one: example=(x[:2],), or example=(x[:2], y[:2]) for two arguments."
         )
-    with poutine.block(), scratch_store(), own_parameters(model), seeded(0), evaluating(model):
+    with (
+        poutine.block(),
+        scratch_store(),
+        own_parameters(model),
+        seeded(0),
+        evaluating(model),
+        recorded(model),
+    ):
         batch = model(size=size)
     return tuple(batch) if isinstance(batch, tuple | list) else (batch,)
 
@@ -257,6 +392,33 @@ def argument_names(model: Callable[..., Any], count: int) -> list[str]:
 def describe_program(program: Any) -> str:
     """Name a model or a guide in a message."""
     return getattr(program, "__name__", None) or type(program).__name__
+
+
+def base_distribution(fn: Any) -> Any:
+    """Strip what Pyro puts around a distribution: shapes, plates and masks."""
+    while isinstance(fn, Independent | ExpandedDistribution | MaskedDistribution):
+        fn = fn.base_dist
+    return fn
+
+
+def cells(site: Site) -> tuple[str, str, str]:
+    """Write the batch shape, the event shape and the support of a site."""
+    support = "-"
+    if site._kind not in ("deterministic", "factor"):
+        with suppress(NotImplementedError):
+            support = describe(site.support)
+    return str(tuple(site.batch_shape)), str(tuple(site.event_shape)), support
+
+
+def describe_plates(plates: Iterable[CondIndepStackFrame]) -> str:
+    """Write plates with their sizes and dimensions: 'data 7 at -1', 'time 3 in a loop'."""
+    return ", ".join(map(_describe_plate, plates)) or "-"
+
+
+def _describe_plate(frame: CondIndepStackFrame) -> str:
+    part = frame.full_size is not None and frame.full_size != frame.size
+    size = f"{frame.size} of {frame.full_size}" if part else f"{frame.size}"
+    return f"{frame.name} {size} {'in a loop' if frame.dim is None else f'at {frame.dim}'}"
 
 
 def describe(support: constraints.Constraint) -> str:
@@ -328,22 +490,21 @@ def _extreme(bound: Any, choose: Callable[..., Any]) -> float:
     return choose(bound.flatten().tolist()) if isinstance(bound, Tensor) else bound
 
 
-def _role(site: Site) -> str:
-    if site.observed:
-        return "observed"
-    kind = "enumerated" if site.enumerated else "latent"
-    return f"{'local' if site.local else 'global'} {kind}"
-
-
 def _site(name: str, node: Any, plate: str) -> Site:
     frames = sorted(node["cond_indep_stack"], key=lambda frame: frame.dim or 0)
+    deterministic = _is_deterministic(node)
     return Site(
         name=name,
         fn=node["fn"],
         value=node["value"],
         mask=node["mask"],
-        observed=node["is_observed"],
+        observed=node["is_observed"] and not deterministic,
         enumerated=not node["is_observed"] and node["infer"].get("enumerate") is not None,
         plates=tuple(frames),
         plate=plate,
+        deterministic=deterministic,
     )
+
+
+def _is_deterministic(node: Any) -> bool:
+    return node["infer"].get("_deterministic", False)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from ppl_models.core.modes import evaluation_mode
 from ppl_models.core.sites import (
     SiteTable,
     describe_program,
+    recorded,
     stochastic_nodes,
     table_of,
 )
@@ -64,12 +65,12 @@ def run_pair(
         if particles is not None
         else nullcontext
     )
-    with plain_errors(), plate():
-        guide_trace = poutine.trace(guide).get_trace(*batch)
-    with plain_errors(), plate():
-        model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*batch)
-    check_sites(model, model_trace, guide_trace)
-    return Pair(model_trace, guide_trace, particles)
+    with plate(), recorded(guide) as guided:
+        guide(*batch)
+    with plate(), recorded(model) as told:
+        poutine.replay(model, trace=guided.trace)(*batch)
+    check_sites(model, told.trace, guided.trace)
+    return Pair(told.trace, guided.trace, particles)
 
 
 def joint_table(
@@ -253,17 +254,3 @@ def _check_site(name: str, p: Any, q: Any, *, enumerates: bool) -> None:
             f"{tuple(want.batch_shape)}, as in the model, got event {tuple(got.event_shape)} and "
             f"batch {tuple(got.batch_shape)}. Was the guide made for another model?"
         )
-
-
-@contextmanager
-def plain_errors() -> Iterator[None]:
-    """Raise the library's own errors as they are: Pyro hangs a table of shapes on them."""
-    try:
-        yield
-    except ValueError as error:
-        cause: BaseException | None = error
-        while isinstance(cause.__cause__, ValueError) and "Trace Shapes:" in str(cause):
-            cause = cause.__cause__
-        if cause is error:
-            raise
-        raise cause from None

@@ -32,9 +32,9 @@ from ppl_models.core.checks import check_count
 from ppl_models.core.minibatch import minibatch
 from ppl_models.core.modes import evaluation_mode
 from ppl_models.core.random import seeded
-from ppl_models.core.sites import SiteTable, describe_program
+from ppl_models.core.sites import SiteTable, describe_program, recorded
 from ppl_models.core.store import own_parameters, unchanged_on_error
-from ppl_models.core.traces import check_sites, plain_errors
+from ppl_models.core.traces import check_sites
 from ppl_models.core.types import Batch, Objective
 from ppl_models.infer.objectives import ELBO
 from ppl_models.infer.progress import progress_bar
@@ -343,11 +343,12 @@ def _leaves(
     Returns:
         The tensors, and how many numbers of them are the guide's.
     """
-    with plain_errors():
-        guide_trace = poutine.trace(guide).get_trace(*batch)
-    replayed = poutine.trace(poutine.replay(model, trace=guide_trace))
-    with poutine.trace(param_only=True) as capture:
-        check_sites(model, replayed.get_trace(*batch), guide_trace, enumerates=enumerates)
+    with recorded(guide) as guided:
+        guide(*batch)
+    guide_trace = guided.trace
+    with poutine.trace(param_only=True) as capture, recorded(model) as told:
+        poutine.replay(model, trace=guide_trace)(*batch)
+    check_sites(model, told.trace, guide_trace, enumerates=enumerates)
 
     def parameters(program: Any, trace: Any) -> list[Tensor]:
         own = list(program.parameters()) if isinstance(program, nn.Module) else []
