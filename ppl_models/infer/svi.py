@@ -17,7 +17,7 @@ from pyro.infer import RenyiELBO, Trace_ELBO
 from pyro.infer.autoguide import AutoGuide
 from pyro.infer.elbo import ELBO as PyroELBO
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.optimizer import Optimizer
 
 from ppl_models.core.batch import (
@@ -38,6 +38,7 @@ from ppl_models.core.traces import check_sites
 from ppl_models.core.types import Batch, Objective
 from ppl_models.infer.objectives import ELBO
 from ppl_models.infer.progress import progress_bar
+from ppl_models.infer.step import Compile, Diverged, Evaluation, Steps
 
 if TYPE_CHECKING:  # what draws is imported when it is asked for
     from matplotlib.axes import Axes
@@ -60,7 +61,8 @@ class Fit:
         batch_size: Rows in a step.
         parameters: Trained numbers of the guide.
         seconds: Time taken, in seconds.
-        compiled: How the steps were run.
+        compiled: How the steps were run: compiled, by a traced graph or by the Pyro programs
+            themselves; and if not the first, why.
         interrupted: Whether Ctrl-C or a callback ended it early.
         settings: What was asked for, in words and numbers that JSON can hold.
         example: The first rows of the data, two at most: what a saved run is rebuilt with.
@@ -118,6 +120,7 @@ def fit(
     device: torch.device | str | None = None,
     fixed_model: bool = False,
     plate: str = "data",
+    compile: Compile = True,
     progress: bool | str | None = None,
     callbacks: Sequence[Callable[[int, float], Any]] = (),
 ) -> Fit:
@@ -145,6 +148,10 @@ def fit(
         device: Where to train, by default where the model's parameters are. Modules are moved.
         fixed_model: Train the guide only.
         plate: Name of the plate over rows.
+        compile: Whether to run recorded and compiled graphs in place of the programs: the same
+            numbers, sooner. The compiler works while the recorded graph serves, and takes over at
+            a step that is fixed, so that results stay reproducible; "now" waits for it at the
+            first step. False runs the programs at each step. `Fit.compiled` says what ran, and why.
         progress: Whether to show a bar, or a label for it; None shows it on a terminal.
         callbacks: Called after each step with its number, from 1, and its bound in nats per row;
             one that returns True ends the training.
@@ -163,7 +170,7 @@ def fit(
         >>> result.bounds.shape
         torch.Size([3])
     """
-    _check_choices(steps, epochs, batch_size, lr)
+    _check_choices(steps, epochs, batch_size, lr, compile)
     check_programs("fit", model=model, guide=guide)
     if objective is not None and not (callable(objective) or isinstance(objective, PyroELBO)):
         raise ValueError(
@@ -195,39 +202,51 @@ def fit(
             if isinstance(objective, ELBO):
                 objective = objective.prepare(model, guide, *part)
         optimise = _optimiser(optimizer or partial(torch.optim.Adam, fused=True), leaves, lr)
-        run = _Run(model, guide, objective, batch, leaves, plate, size)
+        scheduler = schedule(optimise) if schedule is not None else None
+        evaluate = Evaluation(model, guide, objective, leaves, plate, size)
         in_epoch = -(-size // rows)
         total = epochs * in_epoch if epochs is not None else steps or 1000
         label = progress if isinstance(progress, str) else "fit"
         show = True if isinstance(progress, str) else progress
         bounds: list[float] = []
+        order: Tensor | None = None
         start = time.perf_counter()
-        scheduler = schedule(optimise) if schedule is not None else None
         with (
             _no_gradients_after(model, guide, leaves),
             progress_bar(total, label, show) as bar,
             _interruptible() as interrupted,
         ):
-            for step, chosen in enumerate(_batches(size, rows, total), start=1):
-                if (step - 1) % in_epoch == 0:
+            taking = Steps(
+                evaluate,
+                batch,
+                optimise,
+                scheduler,
+                rows=rows if rows < size else None,
+                total=total,
+                compile=compile,
+            )
+            while (taken := len(bounds)) < total and not interrupted.is_set():
+                place = taken % in_epoch
+                if place == 0:
+                    if drawn:
+                        taking.renew()
                     for value, probabilities in drawn:
                         value.copy_(torch.bernoulli(probabilities))
-                with _named_step(step):
-                    bound = run.gradients(chosen)
-                _check_finite(bound, leaves, step)
-                optimise.step()
-                bounds.append(bound.item())
-                if isinstance(scheduler, ReduceLROnPlateau):
-                    scheduler.step(-bounds[-1])
-                elif scheduler is not None:
-                    scheduler.step()
-                speed = step * rows / (time.perf_counter() - start)
-                bar(step, f"bound {bounds[-1]:.4g} nats/row, {speed:,.0f} rows/s")
+                    order = torch.randperm(size).to(batch[0].device) if rows < size else None
+                here, left = _batches_left(place, rows, size)
+                left = (1 if drawn else total) if order is None else left
+                count = 1 if callbacks else min(left, total - taken, taking.most(here))
+                chunk = None if order is None else order[place * rows :][: count * here]
+                with _named_step(taken + 1):
+                    bounds += taking.take(chunk, None if order is None else here, count)
+                speed = len(bounds) * rows / (time.perf_counter() - start)
+                bar(len(bounds), f"bound {bounds[-1]:.4g} nats/row, {speed:,.0f} rows/s")
                 for callback in callbacks:
-                    if callback(step, bounds[-1]) is True:
+                    if callback(len(bounds), bounds[-1]) is True:
                         interrupted.set()
-                if interrupted.is_set():
-                    break
+                if callbacks:
+                    taking.look()
+            taking.renew()
         return Fit(
             model=model,
             guide=guide,
@@ -237,7 +256,7 @@ def fit(
             batch_size=rows,
             parameters=own,
             seconds=time.perf_counter() - start,
-            compiled="eager",
+            compiled=taking.describe(),
             interrupted=interrupted.is_set(),
             settings={
                 "rows": size,
@@ -255,49 +274,16 @@ def fit(
         )
 
 
-@dataclass(frozen=True)
-class _Run:
-    """One step: a function of the chosen rows and of the parameters, and of nothing else."""
-
-    model: Callable[..., Any]
-    guide: Callable[..., Any]
-    objective: Any
-    batch: Batch
-    leaves: list[Tensor]
-    plate: str
-    size: int
-
-    def gradients(self, index: Tensor | None) -> Tensor:
-        """Leave in each leaf the gradient of minus the bound, and return the bound, per row."""
-        if index is None:
-            return self._gradients(self.batch)
-        part = tuple(value[index.to(value.device)] for value in self.batch)
-        with minibatch(index, self.size, plate=self.plate):
-            return self._gradients(part)
-
-    def _gradients(self, part: Batch) -> Tensor:
-        if isinstance(self.objective, PyroELBO):
-            for leaf in self.leaves:
-                leaf.grad = None
-            pyro_elbo: Any = self.objective
-            loss = pyro_elbo.loss_and_grads(self.model, self.guide, *part)
-            for leaf in self.leaves:
-                if leaf.grad is not None:
-                    leaf.grad /= self.size
-            return -torch.as_tensor(loss).detach() / self.size
-        surrogate, bound = self.objective(self.model, self.guide, *part)
-        gradients = torch.autograd.grad(-surrogate / self.size, self.leaves, allow_unused=True)
-        for leaf, gradient in zip(self.leaves, gradients, strict=True):
-            # In the layout of the leaf: fused optimisers read both as flat memory, unchecked.
-            leaf.grad = None if gradient is None else torch.empty_like(leaf).copy_(gradient)
-        return bound.detach() / self.size
-
-
 @contextmanager
 def _named_step(step: int) -> Iterator[None]:
-    """Say in a line what torch says in pages: that a distribution got numbers it cannot take."""
+    """Say in a line what went wrong at which step, and that the parameters are those before it."""
     try:
         yield
+    except Diverged as error:
+        raise FloatingPointError(
+            f"fit: at step {error.step or step} {error}; training has stopped before that step. Try "
+            "a smaller lr, or a likelihood with a minimum scale."
+        ) from None
     except ValueError as error:
         if not str(error).startswith("Expected parameter"):
             raise
@@ -308,26 +294,10 @@ def _named_step(step: int) -> Iterator[None]:
         ) from error
 
 
-def _check_finite(bound: Tensor, leaves: list[Tensor], step: int) -> None:
-    norm = torch.nn.utils.get_total_norm([v.grad for v in leaves if v.grad is not None])
-    if torch.isfinite(bound) and torch.isfinite(norm):
-        return
-    raise FloatingPointError(
-        f"fit: at step {step} the bound is {bound.item():.4g} and the norm of its gradient "
-        f"{norm.item():.4g}; training has stopped before that step. Try a smaller lr, or a "
-        "likelihood with a minimum scale."
-    )
-
-
-def _batches(size: int, rows: int, total: int) -> Iterator[Tensor | None]:
-    """Yield the rows of each step: shuffled anew for each epoch, None for all of them."""
-    if rows >= size:
-        for _ in range(total):
-            yield None
-        return
-    while total > 0:
-        yield from torch.randperm(size).split(rows)[:total]
-        total -= -(-size // rows)
+def _batches_left(place: int, rows: int, size: int) -> tuple[int, int]:
+    """Rows of the next batch of an epoch, and how many batches of as many rows follow in it."""
+    whole = size // rows
+    return (rows, whole - place) if place < whole else (size - whole * rows, 1)
 
 
 def _leaves(
@@ -373,7 +343,7 @@ def _leaves(
 
 
 def _check_choices(
-    steps: int | None, epochs: int | None, batch_size: int | None, lr: float
+    steps: int | None, epochs: int | None, batch_size: int | None, lr: float, compile: Compile
 ) -> None:
     if steps is not None and epochs is not None:
         raise ValueError(f"fit: give either steps or epochs, got both, {steps=} and {epochs=}.")
@@ -382,6 +352,8 @@ def _check_choices(
             check_count("fit", name, value)
     if not lr > 0:
         raise ValueError(f"fit: lr must be > 0, got {lr}.")
+    if not isinstance(compile, bool) and compile != "now":
+        raise ValueError(f"fit: compile must be True, False or 'now', got {compile!r}.")
 
 
 def _name(objective: Any) -> str:

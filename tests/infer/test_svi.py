@@ -419,7 +419,8 @@ def test_a_fit_says_what_it_did() -> None:
     result = fit(model, guide, x, epochs=2, seed=0)
     assert result.model is model
     assert result.guide is guide
-    assert (result.steps, result.batch_size, result.compiled) == (2, 20, "eager")
+    assert (result.steps, result.batch_size) == (2, 20)
+    assert result.compiled.startswith("vanilla step; 2 steps are over")
     assert result.seconds > 0
     assert result.bounds.dtype == torch.float64
 

@@ -1,0 +1,410 @@
+"""What the step compiler uses of torch that torch calls private, all of it in this file.
+
+It traces a function into a graph of tensor operations, and turns such a graph into a shared
+object: Inductor writes the kernels and the code that calls them, a compiler of C++ builds them
+together with the loop below, and `Library` runs many steps in one call, without Python.
+
+Lowering runs in a process of its own (this file, run as a script), because Inductor changes global
+settings and holds the interpreter for seconds. It imports torch only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Sequence
+from importlib import util
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+TESTED = ("2.13",)  # torch versions on which the compiled step is tested
+FORMAT = 1  # of the shared object: a change of the loop below makes older artefacts useless
+
+
+class Unsupported(Exception):
+    """Why a graph cannot be compiled, in words for the user."""
+
+
+def compiles_here() -> str | None:
+    """Return why the compiled step is not offered on this torch, if it is not."""
+    version = ".".join(torch.__version__.split(".")[:2])
+    if version in TESTED:
+        return None
+    return f"the compiler is tested on torch {', '.join(TESTED)}, this is {torch.__version__}"
+
+
+def trace(function: Callable[..., Any], *inputs: Tensor) -> GraphModule:
+    """Run a function once, and return the graph of the tensor operations that it ran."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    return make_fx(function, tracing_mode="real")(*inputs)
+
+
+def untraced() -> contextlib.AbstractContextManager[Any]:
+    """Inside a trace: compute with real values, out of sight of the trace."""
+    from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
+
+    return disable_proxy_modes_tracing()
+
+
+def simplified(graph: GraphModule) -> GraphModule:
+    """Compute nothing twice and nothing for nothing; the values stay the same to the last bit."""
+    from torch._functorch.compile_utils import fx_graph_cse
+
+    graph.graph.eliminate_dead_code()
+    made = GraphModule(graph, fx_graph_cse(graph.graph))
+    for node in list(made.graph.nodes):
+        if node.target is torch.ops.aten.detach.default:
+            node.replace_all_uses_with(node.args[0])
+            made.graph.erase_node(node)
+    made.graph.eliminate_dead_code()
+    made.recompile()
+    return made
+
+
+class Library:
+    """A compiled step, loaded.
+
+    Arguments:
+        path: The shared object.
+        inputs: What the step reads and changes, in the order of its arguments.
+    """
+
+    def __init__(self, path: Path, inputs: Sequence[Tensor]) -> None:
+        self._library = ctypes.CDLL(str(path))
+        self._run = self._library.ppl_models_run
+        self._run.restype = ctypes.c_long
+        self._error = self._library.ppl_models_error
+        self._error.restype = ctypes.c_char_p
+        self._inputs = tuple(inputs)  # kept alive: the library holds their addresses
+        private: Any = torch._C
+        capsules = private._aoti.unsafe_alloc_void_ptrs_from_tensors(list(inputs))
+        address = ctypes.pythonapi.PyCapsule_GetPointer
+        address.restype, address.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+        self._handles = (ctypes.c_void_p * len(inputs))(*(address(c, None) for c in capsules))
+
+    def __del__(self) -> None:
+        with contextlib.suppress(Exception):
+            delete = self._library.ppl_models_delete
+            for handle in getattr(self, "_handles", ()):
+                delete(ctypes.c_void_p(handle))
+
+    def run(
+        self, index: Tensor | None, order: Tensor | None, rates: Tensor, lrs: Tensor
+    ) -> tuple[Tensor, str]:
+        """Run steps until one has a bound that is not finite.
+
+        Arguments:
+            index: The input that tells the rows of a step, shape (B,), or None for all rows.
+            order: Rows of all these steps, shape (steps * B,), int64.
+            rates: The input with the learning rate of each group, shape (G,), float64.
+            lrs: Learning rates of all these steps, shape (steps, G), float64.
+
+        Returns:
+            The bounds of the steps taken, shape (<= steps,), float64, and what failed, if anything.
+        """
+        steps, groups = lrs.shape
+        bounds = torch.empty(steps, dtype=torch.float64)
+        done = self._run(
+            self._handles,
+            ctypes.c_int(len(self._inputs)),
+            ctypes.c_long(steps),
+            ctypes.c_void_p(None if index is None else index.data_ptr()),
+            ctypes.c_void_p(None if order is None else order.data_ptr()),
+            ctypes.c_long(0 if index is None else len(index)),
+            ctypes.c_void_p(rates.data_ptr()),
+            ctypes.c_void_p(lrs.data_ptr()),
+            ctypes.c_int(groups),
+            ctypes.c_void_p(bounds.data_ptr()),
+        )
+        if done < 0:
+            return bounds[:0], self._error().decode(errors="replace") or "no reason was told"
+        return bounds[:done], ""
+
+
+_LOOP = r"""
+static thread_local std::string ppl_models_message;
+extern "C" const char* ppl_models_error() { return ppl_models_message.c_str(); }
+extern "C" void ppl_models_delete(AtenTensorHandle handle) { aoti_torch_delete_tensor_object(handle); }
+
+extern "C" long ppl_models_run(
+    AtenTensorHandle* inputs, int n_inputs, long steps, int64_t* index, const int64_t* order,
+    long rows, double* rates, const double* lrs, int groups, double* bounds) {
+  std::vector<AtenTensorHandle> handles(n_inputs);
+  try {
+    for (long step = 0; step < steps; ++step) {
+      if (index) std::memcpy(index, order + step * rows, rows * sizeof(int64_t));
+      for (int group = 0; group < groups; ++group) rates[group] = lrs[step * groups + group];
+      for (int i = 0; i < n_inputs; ++i)
+        AOTI_TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(inputs[i], &handles[i]));
+      AtenTensorHandle output;
+      run_impl(handles.data(), &output, nullptr, nullptr);
+      RAIIAtenTensorHandle bound(output);
+      void* value;
+      AOTI_TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(bound.get(), &value));
+      bounds[step] = *static_cast<double*>(value);
+      if (!std::isfinite(bounds[step])) return step + 1;
+    }
+  } catch (const std::exception& error) {
+    ppl_models_message = error.what();
+    return -1;
+  }
+  return steps;
+}
+"""
+
+_HEADERS = r"""
+#include <cmath>
+#include <cstring>
+#include <string>
+#include <vector>
+#include <torch/csrc/inductor/aoti_runtime/utils.h>
+#include <torch/csrc/inductor/aoti_runtime/scalar_to_tensor.h>
+#include <torch/csrc/inductor/cpp_wrapper/device_internal/cpu.h>
+#include <c10/util/generic_math.h>
+using DeviceStreamType = void*;
+using namespace torch::aot_inductor;
+namespace { constexpr bool _check_aoti_runtime_check_inputs_env() { return false; } }
+[[maybe_unused]] static int64_t align(int64_t bytes) { return (bytes + 63) & -64; }
+"""
+
+
+# What follows runs in the process of the compiler.
+
+
+def _load_updates() -> Any:
+    spec = util.spec_from_file_location("updates", Path(__file__).with_name("updates.py"))
+    if spec is None or spec.loader is None:
+        raise Unsupported("the updates of the optimisers were not found")
+    module = util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _step(job: dict[str, Any]) -> Callable[..., tuple[Tensor]]:
+    scope: dict[str, Any] = {"torch": torch, "device": torch.device}
+    scope |= {"inf": float("inf"), "nan": float("nan")}
+    exec(job["code"], scope)  # noqa: S102 - written by the process that asks
+    forward = scope["forward"]
+    step = _load_updates().whole_step
+
+    def call(*inputs: Tensor) -> tuple[Tensor]:
+        return (step(lambda *given: forward(None, *given), job, *inputs),)
+
+    return call
+
+
+def _lower(job: dict[str, Any]) -> str:
+    """Return the C++ of a step."""
+    from torch._guards import TracingContext, tracing
+    from torch._inductor import codecache, config
+    from torch._inductor.compile_fx import compile_fx_inner
+    from torch._inductor.fx_passes.joint_graph import joint_graph_passes
+    from torch._inductor.virtualized import V
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    torch.set_num_threads(job["threads"])
+    mode = FakeTensorMode()
+    with torch.no_grad(), mode:
+        inputs = [
+            torch.empty_strided(
+                shape, stride, dtype=getattr(torch, dtype), device=torch.device(device)
+            )
+            for shape, stride, dtype, device in job["inputs"]
+        ]
+        step = torch.func.functionalize(_step(job), remove="mutations")
+        graph = make_fx(step, decomposition_table=_decompositions(), tracing_mode="real")(*inputs)
+    graph.graph.eliminate_dead_code()
+    _plain_normals(graph)
+    caught: list[tuple[str, str]] = []
+
+    def catch(
+        cls: Any, lowered: Any, wrapper: str, kernels: str, *arguments: Any, **options: Any
+    ) -> str:
+        if lowered.constants:
+            raise Unsupported(f"the graph holds constants: {list(lowered.constants)}")
+        caught.append((wrapper, kernels))
+        return "caught"
+
+    _call_operators_by_dispatcher()
+    codecache.AotCodeCompiler.compile = classmethod(catch)  # pyright: ignore[reportAttributeAccessIssue]
+    settings = {
+        "fallback_random": True,  # the draws of eager torch
+        "reorder_for_peak_memory": False,  # in their order
+        "joint_graph_constant_folding": False,
+        "cpp.threads": job["threads"],
+        "fx_graph_cache": False,
+        "size_asserts": False,
+        "cpp_wrapper": True,
+    }
+    with (
+        config.patch(settings),
+        tracing(TracingContext(mode)),
+        V.set_fake_mode(mode),
+        V.set_aot_compilation(True),
+    ):
+        # Nothing is packaged: what Inductor was about to build is caught.
+        compile_fx_inner(
+            joint_graph_passes(graph), inputs, cpp_wrapper=True, aot_mode=True, is_inference=True
+        )
+    return _standalone(*caught[0])
+
+
+def _decompositions() -> dict[Any, Any]:
+    """What is taken apart before it is compiled: no draws, whose parts would draw otherwise."""
+    from torch._inductor.decomposition import select_decomp_table
+
+    def draws(operator: Any) -> bool:
+        return torch.Tag.nondeterministic_seeded in getattr(operator, "tags", ())
+
+    return {op: parts for op, parts in select_decomp_table().items() if not draws(op)}
+
+
+def _plain_normals(graph: GraphModule) -> None:
+    """Draw standard normals as such: `normal(zeros, ones)` is the same draw, with more work."""
+    aten = torch.ops.aten
+    for node in list(graph.graph.nodes):
+        if node.target is not aten.normal.Tensor_Tensor:
+            continue
+        mean, scale = node.args[:2]
+        constant = [_constant(value) for value in (mean, scale)]
+        if constant == [0.0, 1.0] and not node.kwargs.get("generator"):
+            value = node.meta["val"]
+            with graph.graph.inserting_before(node):
+                plain = graph.graph.call_function(
+                    aten.randn.default,
+                    (list(value.shape),),
+                    {"dtype": value.dtype, "device": value.device, "pin_memory": False},
+                )
+                plain.meta = dict(node.meta)
+            node.replace_all_uses_with(plain)
+            graph.graph.erase_node(node)
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+
+
+def _constant(node: Any) -> float | None:
+    aten = torch.ops.aten
+    if not isinstance(node, torch.fx.Node):
+        return None
+    if node.target is aten.full.default:
+        value: Any = node.args[1]
+        return float(value)
+    if node.target in (aten.expand.default, aten.view.default, aten.clone.default):
+        return _constant(node.args[0])
+    return None
+
+
+def _call_operators_by_dispatcher() -> None:
+    """Call operators that have no C entry through the dispatcher, not through a model container."""
+    from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
+
+    whole: Any = CppWrapperCpu.generate_fallback_kernel_with_runtime_lookup
+    if getattr(whole, "by_dispatcher", False):
+        return
+
+    def lookup(
+        self: Any, name: str, kernel: str, get_args: Any, op: Any, raw_args: Any, outputs: Any
+    ) -> None:
+        self._get_args = get_args
+        whole(self, name, kernel, get_args, op, raw_args, outputs)
+
+    def call(self: Any, op: Any, raw_args: Any, output_args: Any, outputs: Any) -> None:
+        if not isinstance(op, torch._ops.OpOverload):
+            raise Unsupported(f"operator {op} cannot be called from compiled code")
+        if any(out is not None and not isinstance(out, str) for out in output_args):
+            raise Unsupported(f"operator {op} returns lists of tensors")
+        if self._compatible_with_stableivalue(op):
+            self.generate_fallback_kernel_with_runtime_lookup_nopython(
+                self._get_args, op, output_args, outputs
+            )
+            return
+        given = len(raw_args)
+        if any(value is not None for value in raw_args[given:]):
+            raise Unsupported(f"operator {op} cannot be called from compiled code")
+        self.generate_fallback_kernel_with_runtime_lookup_boxed(op, raw_args, output_args, outputs)
+
+    lookup.by_dispatcher = True  # pyright: ignore[reportFunctionMemberAccess]
+    patched: Any = CppWrapperCpu
+    patched.generate_fallback_kernel_with_runtime_lookup = lookup
+    patched.generate_fallback_kernel_with_runtime_lookup_aot = call
+
+
+def _standalone(wrapper: str, kernels: str) -> str:
+    """Take the function that runs a step out of the model container around it: it builds faster."""
+    end = "} // AOTInductorModel::run_impl"
+    begin = "void AOTInductorModel::run_impl("
+    if begin not in wrapper or end not in wrapper:
+        raise Unsupported("Inductor wrote code of an unknown form")
+    body = wrapper[wrapper.index(begin) : wrapper.index(end)] + "}\n"
+    body = body.replace(begin, "static void run_impl(")
+    body = body.replace("this->device_idx_", "0")
+    body = body.replace("__check_inputs_outputs(input_handles, output_handles);", "")
+    body = re.sub(r".*\bauto& kernels = .*\n", "", body)
+    if "this->" in body or "constants_" in body or "proxy_executor," in body.split("{", 1)[1]:
+        raise Unsupported("the graph needs a model container")
+    cached = "\n".join(re.findall(r"^CACHE_TORCH_\w+\([^)]*\);", wrapper, re.MULTILINE))
+    extra = "\n".join(
+        line
+        for line in re.findall(r"^\s*(#include <[^>]+>)", wrapper, re.MULTILINE)
+        if "aoti_runtime/" not in line and "aoti_include/" not in line
+    )
+    if "StableIValue" in body:
+        extra += "\n#include <torch/csrc/stable/stableivalue_conversions.h>"
+    parts = (kernels, extra, _HEADERS, cached, body, _LOOP)
+    return "\n".join(parts)
+
+
+def _build(source: str, out: Path, threads: int) -> None:
+    """Build a shared object, and put it in its place in one move."""
+    from torch._inductor.cpp_builder import CppBuilder, CppTorchOptions
+    from torch._inductor.cpu_vec_isa import pick_vec_isa
+
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".build-") as folder:
+        path = Path(folder, "step.cpp")
+        path.write_text(source)
+        options = CppTorchOptions(vec_isa=pick_vec_isa(), aot_mode=False, warning_all=False)
+        builder = CppBuilder("step", str(path), BuildOption=options, output_dir=folder)
+        slow = {"-g1", "-pedantic", "-fno-omit-frame-pointer", "-ltorch_python"}
+        command = [word for word in builder.get_command_line().split() if word not in slow]
+        command.append("-w")  # warnings of torch's headers take a second
+        done = subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False)
+        if done.returncode:
+            raise Unsupported(f"the C++ compiler failed: {done.stderr.strip()[-2000:]}")
+        os.replace(builder.get_target_file_path(), out)
+
+
+def _serve() -> None:
+    """Read jobs, one path a line, and answer each with a line of JSON."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what torch prints must not come between the answers
+    for line in sys.stdin:
+        answer: dict[str, Any]
+        try:
+            job = json.loads(Path(line.strip()).read_text())
+            _build(_lower(job), Path(job["out"]), job["threads"])
+            answer = {"error": None}
+        except Exception as error:  # noqa: BLE001 - whatever torch raises, training goes on
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, Unsupported):
+                cause = cause.__cause__ or cause.__context__
+            first = str(cause or error).strip().splitlines() or [type(error).__name__]
+            answer = {"error": first[0][:500], "detail": traceback.format_exc()[-4000:]}
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    _serve()

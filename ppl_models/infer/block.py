@@ -1,0 +1,300 @@
+"""Blocks of compiled steps: many steps in one call, and a way back when one of them fails."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer
+
+from ppl_models.core.random import seeded
+from ppl_models.core.types import Batch
+from ppl_models.infer import backend, updates
+from ppl_models.infer.capture import Graph
+from ppl_models.infer.compile import Plan
+
+Single = Callable[[Tensor | None, int], float]  # rows and number of a step, to its bound
+
+CHECKPOINT = 0.25  # seconds of steps that are done again, at most, when one fails
+BLOCK = 0.05  # seconds that one call may take: Ctrl-C waits for it
+
+
+@dataclass
+class _Checkpoint:
+    """Where training was, and what has been done since."""
+
+    values: list[tuple[Tensor, Tensor]]
+    stream: Tensor
+    ahead: int
+    taken: int
+    time: float
+    blocks: list[tuple[Loaded, Tensor | None, Tensor]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A compiled step that has been checked.
+
+    Attributes:
+        plan: What it computes.
+        library: Its machine code.
+        index: The input that tells its rows; None where it takes them all.
+    """
+
+    plan: Plan
+    library: backend.Library
+    index: Tensor | None
+
+
+class Blocks:
+    """Runs compiled steps on the tensors of an optimiser, in place.
+
+    Arguments:
+        leaves: What is trained.
+        optimizer: Its optimiser, which has made its state.
+    """
+
+    def __init__(self, leaves: Sequence[Tensor], optimizer: Optimizer) -> None:
+        self._leaves = leaves
+        self._optimizer = optimizer
+        self._rates = torch.zeros(len(optimizer.param_groups), dtype=torch.float64)
+        self._powers: list[Tensor] = []
+        self._stale = True  # the powers do not know of steps that others took
+        self._ahead = 0  # steps that the optimiser's counters do not know of
+        self._speed = 0.0  # seconds a step
+        self._checkpoint: _Checkpoint | None = None
+        self._changing: dict[int, Tensor] = {}  # by address: whatever a loaded step changes
+        told = updates.options_of(optimizer)
+        self.reason = told if isinstance(told, str) else None
+        self._kind, self._options = (None, []) if isinstance(told, str) else told
+
+    @property
+    def many(self) -> int:
+        """How many steps to take in one call."""
+        if self._kind is None:
+            return 1
+        return max(1, min(10_000, int(BLOCK / self._speed))) if self._speed else 10
+
+    def plan(self, graph: Graph, index: Tensor | None, data: Batch) -> Plan:
+        """Say what is to be compiled for a graph."""
+        passed = data if index is None else (torch.zeros_like(index), *data)
+        if self._kind is None:
+            buffers = tuple(torch.empty_like(self._leaves[i]) for i in graph.leaves)
+            return Plan(graph, passed, None, [], [], buffers, 0)
+        if not self._powers:
+            self._powers = [torch.ones(2, dtype=torch.float64) for _ in self._options]
+        where = {id(self._leaves[leaf]): number for number, leaf in enumerate(graph.leaves)}
+        groups = self._optimizer.param_groups
+        members = [[where[id(p)] for p in g["params"] if id(p) in where] for g in groups]
+        momentum = any(options.get("momentum", 1.0) for options in self._options)
+        names = updates.STATE[self._kind] if momentum else ()
+        states: list[Tensor] = [self._rates]
+        for powers, group in zip(self._powers, members, strict=True):
+            states.append(powers)
+            for member in group:
+                state = self._optimizer.state[self._leaves[graph.leaves[member]]]
+                states.extend(state[name] for name in names)
+        return Plan(graph, passed, self._kind, self._options, members, tuple(states), len(names))
+
+    def load(self, plan: Plan, path: Path, index: Tensor | None) -> Loaded:
+        """Load a compiled step, once it has done the same as the graph.
+
+        Raises:
+            backend.Unsupported: If it has not, or does not load.
+        """
+        try:
+            _check(plan, path, index)
+            library = backend.Library(path, plan.inputs)
+        except (OSError, RuntimeError, AttributeError) as error:
+            raise backend.Unsupported(str(error).splitlines()[0]) from error
+        self._checkpoint = None  # it does not know of what this step changes
+        for value in plan.changing:
+            self._changing[value.data_ptr()] = value
+        return Loaded(plan, library, None if index is None else plan.passed[0])
+
+    def gradients(self, loaded: Loaded, order: Tensor | None) -> tuple[float, list[Tensor | None]]:
+        """Evaluate a compiled gradient whose optimiser steps outside: the bound and the gradients."""
+        bounds = self._call(loaded, order, torch.zeros(1, 0, dtype=torch.float64))
+        found: list[Tensor | None] = [None] * len(self._leaves)
+        for leaf, buffer in zip(loaded.plan.graph.leaves, loaded.plan.states, strict=True):
+            found[leaf] = buffer
+        return bounds.item(), found
+
+    def run(
+        self,
+        loaded: Loaded,
+        order: Tensor | None,
+        count: int,
+        *,
+        taken: int,
+        schedule: Callable[[], None] | None,
+        one: Single,
+    ) -> list[float]:
+        """Take steps, and return the bound of each; fewer than asked for if one had to be repeated.
+
+        Arguments:
+            loaded: The step.
+            order: The rows of all of them.
+            count: How many.
+            taken: Steps taken before.
+            schedule: Moves the learning rates on by a step, if there is a schedule.
+            one: Takes one step with care, and raises if it fails. The steps before a failure, and
+                the failure, are repeated with it.
+        """
+        start = time.perf_counter()
+        if self._checkpoint is None or start - self._checkpoint.time > CHECKPOINT:
+            self.check(one)
+            self._checkpoint = self._here(start, taken)
+        if self._stale:
+            self._recount()
+        rates = self._next_rates(count, schedule)
+        self._checkpoint.blocks.append((loaded, order, rates))
+        bounds = self._call(loaded, order, rates)
+        self._ahead += len(bounds)
+        if not torch.isfinite(bounds[-1]):
+            return self._again(one, careful=2, failed=count - len(bounds))[-len(bounds) :]
+        took = (time.perf_counter() - start) / count
+        self._speed = took if not self._speed else 0.8 * self._speed + 0.2 * took
+        return bounds.tolist()
+
+    def check(self, one: Single) -> None:
+        """Find the step, if there is one, that left a parameter not finite; begin a new count."""
+        if self._checkpoint is not None and self._checkpoint.blocks:
+            total = sum(len(rates) for _, _, rates in self._checkpoint.blocks)
+            if not all(bool(torch.isfinite(leaf).all()) for leaf in self._leaves):
+                self._again(one, careful=total, failed=0)
+        self._checkpoint = None
+
+    def settle(self) -> None:
+        """Tell the optimiser's own counters of the steps taken here, before others take one."""
+        for group in self._optimizer.param_groups:
+            for parameter in group["params"]:
+                state = self._optimizer.state.get(parameter)
+                if state and "step" in state:
+                    state["step"] += self._ahead
+        self._ahead = 0
+        self._stale = True
+
+    def _call(self, loaded: Loaded, order: Tensor | None, rates: Tensor) -> Tensor:
+        bounds, error = loaded.library.run(loaded.index, order, self._rates, rates)
+        if error:
+            raise RuntimeError(f"a compiled step failed: {error}")
+        return bounds
+
+    def _recount(self) -> None:
+        """Set the powers of the decay rates to the steps that the optimiser has counted."""
+        groups = self._optimizer.param_groups
+        for group, powers, options in zip(groups, self._powers, self._options, strict=True):
+            states = (self._optimizer.state.get(parameter) for parameter in group["params"])
+            steps = max((float(s.get("step", 0)) for s in states if s), default=0.0)
+            for place, beta in enumerate(options.get("betas", ())):
+                powers[place] = beta ** (steps + self._ahead)
+        self._stale = False
+
+    def _next_rates(self, count: int, schedule: Callable[[], None] | None) -> Tensor:
+        """Learning rates of the next steps, shape (count, groups)."""
+        groups = self._optimizer.param_groups
+        if schedule is None and self._kind != "ClippedAdam":
+            now = torch.tensor([[float(group["lr"]) for group in groups]], dtype=torch.float64)
+            return now.expand(count, -1).contiguous()
+        rates = []
+        for _ in range(count):
+            if self._kind == "ClippedAdam":
+                for group in groups:
+                    group["lr"] *= group["lrd"]
+            rates.append([float(group["lr"]) for group in groups])
+            if schedule is not None:
+                schedule()
+        return torch.tensor(rates, dtype=torch.float64)
+
+    def _here(self, now: float, taken: int) -> _Checkpoint:
+        return _Checkpoint(
+            values=[(value, value.clone()) for value in self._changing.values()],
+            stream=torch.get_rng_state(),
+            ahead=self._ahead,
+            taken=taken,
+            time=now,
+        )
+
+    def _again(self, one: Single, *, careful: int, failed: int) -> list[float]:
+        """Go back to the checkpoint and take the steps since again, the last of them with care."""
+        checkpoint, self._checkpoint = self._checkpoint, None
+        assert checkpoint is not None
+        for value, before in checkpoint.values:
+            value.copy_(before)
+        torch.set_rng_state(checkpoint.stream)
+        self._ahead = checkpoint.ahead
+        left = sum(len(rates) for _, _, rates in checkpoint.blocks) - failed
+        quick = max(0, left - careful)
+        bounds: list[float] = []
+        for loaded, order, rates in checkpoint.blocks:
+            rows = 0 if loaded.index is None else len(loaded.index)
+            count = min(len(rates), left)
+            fast = min(count, quick)
+            if fast:
+                bounds += self._call(loaded, order, rates[:fast]).tolist()
+                self._ahead += fast
+            for step in range(fast, count):
+                self.settle()
+                for group, rate in zip(self._optimizer.param_groups, rates[step], strict=True):
+                    group["lr"] = rate.item()
+                part = None if order is None else order[step * rows :][:rows]
+                bounds.append(one(part, checkpoint.taken + len(bounds) + 1))
+            left, quick = left - count, quick - fast
+        return bounds
+
+
+def _check(plan: Plan, path: Path, index: Tensor | None) -> None:
+    """Let a compiled step and the graph take the same step, on copies, and compare."""
+    start = [_copy(value) for value in plan.inputs]
+    place = len(plan.graph.tensors)
+    if index is not None:
+        start[place].copy_(index)
+    rates = torch.ones(1, len(plan.options), dtype=torch.float64)  # so that a step is seen
+    at = place + len(plan.passed) + 1
+    for members in plan.members:
+        start[at].copy_(torch.tensor([0.7, 0.9]))
+        for first in range(at + 1, at + 1 + plan.per_member * len(members), plan.per_member or 1):
+            if plan.per_member == 2:  # where a second moment is nearly 0, rounding is made large
+                start[first + 1].add_(start[first + 1].mean() + 1e-8)
+        at += 1 + plan.per_member * len(members)
+    compiled, graph = ([_copy(value) for value in start] for _ in range(2))
+    if plan.kind is not None:
+        graph[place + len(plan.passed)].copy_(rates[0])
+    with seeded(3):
+        library = backend.Library(path, compiled)
+        bounds, error = library.run(
+            None if index is None else compiled[place],
+            index,
+            compiled[place + len(plan.passed)] if plan.kind is not None else rates,
+            rates,
+        )
+        if error:
+            raise backend.Unsupported(f"the compiled step fails: {error}")
+        stream = torch.get_rng_state()
+    with seeded(3), torch.no_grad():
+        bound = plan.step(*graph)
+        same = torch.equal(stream, torch.get_rng_state())
+    changes = zip(start, compiled, graph, strict=True)
+    same = same and _close(bounds[0], bound, bound)
+    if not (same and all(_close(one - old, other - old, old) for old, one, other in changes)):
+        raise backend.Unsupported("the compiled step computes something else than the graph")
+
+
+def _copy(value: Tensor) -> Tensor:
+    made = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype)
+    return made.copy_(value)
+
+
+def _close(one: Tensor, other: Tensor, old: Tensor) -> bool:
+    """Whether two changes of a tensor differ by rounding only."""
+    if not one.is_floating_point() or not one.numel():
+        return torch.equal(one, other)
+    coarse = old.dtype != torch.float64 or old.ndim == 0
+    slack, rounding = (2e-3, 1e-5) if coarse else (1e-7, 1e-12)
+    scale = slack * other.abs().max().item() + rounding * old.abs().max().item()
+    return torch.allclose(one, other, rtol=0.0, atol=scale, equal_nan=True)

@@ -1,0 +1,316 @@
+"""One evaluation of an objective and its gradient, as a graph of tensor operations.
+
+The Pyro program runs once, handlers and backward pass and all, while every tensor operation is
+recorded. What the program reaches without being passed it, such as parameters, buffers and tensors
+in a closure, becomes an input of the graph: the very tensor, so that a later step sees what has
+been done to it since.
+"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+from unittest.mock import patch
+
+import pyro
+import torch
+from pyro.distributions import constraints
+from pyro.infer import util as pyro_util
+from pyro.params.param_store import ParamStoreDict
+from pyro.poutine.indep_messenger import IndepMessenger
+from torch import Tensor
+from torch.distributions import Distribution, transform_to
+from torch.fx import GraphModule
+
+from ppl_models.infer import backend
+
+LONG = 1500  # nodes, above which a compiler takes minutes
+
+
+class Untraceable(Exception):
+    """Why a program cannot be recorded, in words for the user."""
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A recorded evaluation.
+
+    Attributes:
+        module: The graph; called with `tensors` and what was passed, it returns the bound and the
+            gradient of each leaf in `leaves`.
+        tensors: What the program reached by itself, in the order of the graph's first inputs.
+        leaves: For each gradient, the place of its leaf among the leaves that were given.
+        positions: For each gradient, the place of its leaf among `tensors`.
+        changed: Places among all inputs of what the graph changes in place.
+    """
+
+    module: GraphModule
+    tensors: tuple[Tensor, ...]
+    leaves: tuple[int, ...]
+    positions: tuple[int, ...]
+    changed: tuple[int, ...]
+
+    @property
+    def nodes(self) -> int:
+        """Operations in it."""
+        return sum(node.op == "call_function" for node in self.module.graph.nodes)
+
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Evaluate it: the bound, and the gradient of each leaf that has one."""
+        with torch.no_grad():
+            return self.module.forward(*self.tensors, *inputs)
+
+
+def capture(
+    evaluate: Callable[..., tuple[Tensor, list[Tensor | None]]],
+    leaves: Sequence[Tensor],
+    *inputs: Tensor,
+) -> Graph:
+    """Record an evaluation.
+
+    Arguments:
+        evaluate: Computes the bound and the gradient of each leaf, None where there is none.
+        leaves: What gradients are taken of.
+        inputs: What `evaluate` is called with.
+
+    Raises:
+        Untraceable: If it does what depends on values, such as `if z > 0`.
+    """
+    present: list[int] = []
+
+    def flat(*values: Tensor) -> tuple[Tensor, ...]:
+        bound, gradients = evaluate(*values)
+        present.extend(i for i, gradient in enumerate(gradients) if gradient is not None)
+        return bound, *(gradient for gradient in gradients if gradient is not None)
+
+    try:
+        with _recordable():
+            module = backend.trace(flat, *inputs)
+    except Exception as error:
+        raise Untraceable(_reason(error)) from error
+    tensors = _lift(module)
+    module = backend.simplified(module)
+    where = {id(tensor): place for place, tensor in enumerate(tensors)}
+    missing = [i for i in present if id(leaves[i]) not in where]
+    if missing:
+        # A gradient that does not depend on the value: the leaf is an input all the same.
+        for i in missing:
+            where[id(leaves[i])] = len(tensors)
+            _add_input(module.graph, len(tensors))
+            tensors.append(leaves[i])
+        module.recompile()
+    return Graph(
+        module=module,
+        tensors=tuple(tensors),
+        leaves=tuple(present),
+        positions=tuple(where[id(leaves[i])] for i in present),
+        changed=_changed(module),
+    )
+
+
+def _lift(module: GraphModule) -> list[Tensor]:
+    """Make an input of every tensor that the graph holds, first of all inputs; and list them."""
+    graph = module.graph
+    places: dict[tuple[Any, ...], Any] = {}
+    tensors: list[Tensor] = []
+    for node in list(graph.nodes):
+        if node.op != "get_attr":
+            continue
+        value = getattr(module, node.target)
+        if not isinstance(value, Tensor):
+            raise Untraceable(f"it calls a higher-order operation ({node.target})")
+        if value.layout != torch.strided:
+            raise Untraceable(f"it uses a tensor of layout {value.layout}")
+        # `p` and `p.detach()` are the same input; the one that was a leaf stands for both.
+        key = (
+            value.untyped_storage().data_ptr() or id(value),
+            value.storage_offset(),
+            tuple(value.shape),
+            value.stride(),
+            value.dtype,
+        )
+        if key not in places:
+            places[key] = (_add_input(graph, len(tensors)), len(tensors))
+            tensors.append(value)
+        placeholder, place = places[key]
+        if value.requires_grad and not tensors[place].requires_grad:
+            tensors[place] = value
+        node.replace_all_uses_with(placeholder)
+        graph.erase_node(node)
+    for name in [name for name in vars(module) if name.startswith("_tensor_constant")]:
+        delattr(module, name)
+    module.recompile()
+    return tensors
+
+
+def _add_input(graph: Any, place: int) -> Any:
+    """Add an input behind those that were added before, and before all others."""
+    nodes = iter(graph.nodes)
+    for _ in range(place):
+        next(nodes)
+    with graph.inserting_before(next(nodes)):
+        return graph.placeholder(f"given_{place}")
+
+
+def _changed(module: GraphModule) -> tuple[int, ...]:
+    """Which inputs an in-place operation changes, itself or through a view."""
+    inputs = [node for node in module.graph.nodes if node.op == "placeholder"]
+    owner = {node: place for place, node in enumerate(inputs)}
+    changed: set[int] = set()
+    for node in module.graph.nodes:
+        schema = getattr(node.target, "_schema", None)
+        if schema is None:
+            continue
+        for position, argument in enumerate(schema.arguments):
+            value = (
+                node.args[position] if position < len(node.args) else node.kwargs.get(argument.name)
+            )
+            if argument.alias_info is None or not isinstance(value, torch.fx.Node):
+                continue
+            if value in owner:
+                owner.setdefault(node, owner[value])  # a view, or the tensor itself
+                if argument.alias_info.is_write:
+                    changed.add(owner[value])
+        if node.target in _BATCH_NORM:
+            # Its schema does not say that it updates running means and variances.
+            changed |= {owner[value] for value in node.args[3:5] if value in owner}
+    return tuple(sorted(changed))
+
+
+_BATCH_NORM = {torch.ops.aten.native_batch_norm.default}
+
+
+def _reason(error: BaseException) -> str:
+    """Say which line of whose program cannot be recorded, and why."""
+    if isinstance(error, Untraceable):
+        return str(error)
+    own = Path(__file__).resolve().parents[1]
+    libraries = ("torch", "pyro", "contextlib", "unittest", "zuko")
+    place = ""
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        parts = Path(frame.filename).parts
+        if any(name in parts or f"{name}.py" in parts for name in libraries):
+            continue
+        if own in Path(frame.filename).parents or frame.filename.startswith("<"):
+            continue
+        place = f", at {Path(frame.filename).name}:{frame.lineno} `{frame.line}`"
+        break
+    text = str(error).strip().splitlines()
+    what = text[0] if text else type(error).__name__
+    if "value out of a tracing tensor" in what or "data-dependent" in what.lower():
+        sampler = _sampler(error)
+        if sampler:
+            return f"{sampler} draws in a loop whose length depends on the values{place}"
+        return (
+            f"it takes a Python number out of a tensor{place}: the path then depends on values; "
+            "torch.where chooses between tensors without"
+        )
+    return f"{type(error).__name__}: {what[:300]}{place}"
+
+
+def _sampler(error: BaseException) -> str | None:
+    """Name the distribution whose own sampler failed."""
+    tb = error.__traceback__
+    while tb is not None:
+        frame: FrameType = tb.tb_frame
+        owner = frame.f_locals.get("self")
+        if frame.f_code.co_name in {"sample", "rsample"} and isinstance(owner, Distribution):
+            inner = "distributions" in frame.f_code.co_filename
+            if inner and not isinstance(owner, torch.distributions.Independent):
+                return type(owner).__name__
+        tb = tb.tb_next
+    return None
+
+
+@contextmanager
+def _recordable() -> Iterator[None]:
+    """Neutralise, for a block, what Pyro does with values besides arithmetic."""
+    with ExitStack() as stack:
+        stack.enter_context(pyro.validation_enabled(False))
+        for name, module in list(sys.modules.items()):
+            if not name.startswith(("pyro.", "ppl_models.", "guides.")):
+                continue
+            for attribute, replacement in _NEUTRAL.items():
+                if attribute in vars(module):
+                    stack.enter_context(patch.object(module, attribute, replacement))
+        stack.enter_context(patch.object(Tensor, "item", _item))
+        stack.enter_context(patch.object(Distribution, "__init__", _unvalidated))
+        stack.enter_context(patch.object(IndepMessenger, "__iter__", _sequential))
+        stack.enter_context(patch.object(ParamStoreDict, "__setitem__", _rebind))
+        stack.enter_context(patch.object(pyro_util, "torch", _TorchOfDice()))
+        stack.enter_context(patch.object(Tensor, "masked_select", _masked))
+        yield
+
+
+def _item(value: Tensor) -> Tensor:
+    """The value as a tensor: what Pyro takes out is for reports, which are in double precision."""
+    detached = value.detach()
+    return detached.double() if detached.is_floating_point() else detached
+
+
+_NEUTRAL: dict[str, Callable[..., Any]] = {
+    "torch_item": lambda value: _item(value) if isinstance(value, Tensor) else value,
+    "warn_if_nan": lambda value, *rest, **options: value,
+    "warn_if_inf": lambda value, *rest, **options: value,
+}
+
+_init = Distribution.__init__
+_iterate = IndepMessenger.__iter__
+_set = ParamStoreDict.__setitem__
+
+
+def _unvalidated(
+    self: Any,
+    batch_shape: Any = torch.Size(),  # noqa: B008 - as in torch
+    event_shape: Any = torch.Size(),  # noqa: B008
+    validate_args: bool | None = None,
+) -> None:
+    _init(self, batch_shape, event_shape, validate_args=False)
+
+
+def _sequential(self: Any) -> Iterator[Any]:
+    """Loop over a sequential plate with numbers of Python, not with tensors."""
+    size, part = self.size, getattr(self, "subsample_size", self.size)
+    if part not in (None, size):
+        raise Untraceable(
+            f"plate '{self.name}' draws {part} of its {size} rows and loops over them; as a "
+            "context, `with pyro.plate(...)`, it can be recorded"
+        )
+    self._vectorized = False
+    self.dim = None
+    for row in range(size):
+        self.next_context()
+        with self:
+            yield row
+
+
+def _rebind(self: ParamStoreDict, name: str, value: Tensor) -> None:
+    """Write into a parameter that exists: rebound, the graph would go on reading the old one."""
+    if name not in self._params:
+        _set(self, name, value)
+        return
+    constraint = self._constraints.get(name, constraints.real)
+    with torch.no_grad():
+        self._params[name].copy_(transform_to(constraint).inv(value.detach()))
+
+
+def _masked(value: Tensor, mask: Tensor) -> Tensor:
+    return torch.where(mask, value, torch.zeros((), dtype=value.dtype, device=value.device))
+
+
+class _TorchOfDice:
+    """torch, as `pyro.infer.util` sees it: it then masks costs without looking at the mask."""
+
+    class _C:
+        @staticmethod
+        def _get_tracing_state() -> bool:
+            return True
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)

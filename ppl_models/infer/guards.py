@@ -1,0 +1,136 @@
+"""What a recorded graph takes for granted: modes, numbers of Python, and which tensors are meant."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import pyro
+import torch
+from torch import Tensor, nn
+
+_PLAIN = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
+_DEPTH = 4  # of containers, closures and objects that are looked into
+
+
+def fingerprint(*programs: Any) -> dict[str, Any]:
+    """Return, by name, whatever a graph recorded from programs holds as a constant.
+
+    Two equal fingerprints mean that the graph of one serves for the other. Values of tensors are
+    no part of it: a graph reads them.
+
+    Arguments:
+        programs: Models, guides and objectives: modules, functions or other callables.
+
+    Example:
+        >>> beta = 0.5
+        >>> def model(x):
+        ...     return beta * x
+        >>> before = fingerprint(model)
+        >>> beta = 0.6
+        >>> [name for name, value in fingerprint(model).items() if value != before[name]]
+        ['model: beta']
+    """
+    found: dict[str, Any] = {}
+    seen: set[int] = set()
+    for program in programs:
+        for name, value in _facts(program, _label(program), _DEPTH, seen):
+            found[name] = value
+    store = pyro.get_param_store()
+    for name, value in store.named_parameters():
+        found[f"pyro.param '{name}'"] = _identity(value)
+    found["torch: default dtype"] = torch.get_default_dtype()
+    return found
+
+
+def difference(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    """Name what differs between two fingerprints."""
+    names = sorted(one.keys() | other.keys())
+    return [name for name in names if one.get(name, _ABSENT) != other.get(name, _ABSENT)]
+
+
+_ABSENT = object()
+
+
+def _facts(value: Any, name: str, depth: int, seen: set[int]) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, _PLAIN):
+        yield name, (type(value), repr(value))  # 1 and True and 1.0 make different graphs
+        return
+    if isinstance(value, Tensor):
+        yield name, _identity(value)
+        return
+    if depth == 0 or id(value) in seen or isinstance(value, types.ModuleType | type):
+        return
+    seen.add(id(value))
+    if isinstance(value, dict):
+        for key, item in list(value.items()):
+            yield from _facts(item, f"{name}[{key!r}]", depth - 1, seen)
+    elif isinstance(value, list | tuple | set | frozenset):
+        yield f"{name}: length", len(value)
+        for place, item in enumerate(value):
+            yield from _facts(item, f"{name}[{place}]", depth - 1, seen)
+    elif isinstance(value, nn.Module):
+        for path, module in value.named_modules(remove_duplicate=False):
+            yield from _module_facts(module, f"{name}.{path}" if path else name, depth, seen)
+    elif isinstance(value, types.FunctionType):
+        yield from _function_facts(value, name, depth, seen)
+    elif isinstance(value, types.MethodType):
+        yield from _facts(value.__self__, name, depth, seen)
+        yield from _facts(value.__func__, name, depth, seen)
+    elif isinstance(value, partial):
+        yield from _facts(value.func, name, depth, seen)
+        yield from _facts(value.args, f"{name} arguments", depth, seen)
+        yield from _facts(value.keywords, f"{name} arguments", depth, seen)
+    elif hasattr(value, "__dict__"):
+        for key, item in list(vars(value).items()):
+            yield from _facts(item, f"{name}.{key}", depth - 1, seen)
+
+
+def _module_facts(
+    module: nn.Module, name: str, depth: int, seen: set[int]
+) -> Iterator[tuple[str, Any]]:
+    yield f"{name}.training", module.training
+    for held in (module._parameters, module._buffers):
+        for key, value in held.items():
+            if value is not None:
+                yield f"{name}.{key}", _identity(value)
+    for key, value in list(vars(module).items()):
+        # Names with an underscore are torch's and Pyro's own, what the user wrote aside.
+        if key.startswith("_") or isinstance(value, nn.Module) or key == "training":
+            continue
+        yield from _facts(value, f"{name}.{key}", depth - 1, seen)
+
+
+def _function_facts(
+    function: types.FunctionType, name: str, depth: int, seen: set[int]
+) -> Iterator[tuple[str, Any]]:
+    yield f"{name}: code", id(function.__code__)
+    for default in (function.__defaults__, function.__kwdefaults__):
+        if default:
+            yield from _facts(default, f"{name}: defaults", depth - 1, seen)
+    for key, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        try:
+            value = cell.cell_contents
+        except ValueError:
+            continue  # not filled yet
+        yield from _facts(value, f"{name}: {key}", depth - 1, seen)
+    for key in function.__code__.co_names:
+        if key in function.__globals__:
+            yield from _facts(function.__globals__[key], f"{name}: {key}", depth - 1, seen)
+
+
+def _identity(value: Tensor) -> tuple[Any, ...]:
+    return (
+        id(value),
+        value.data_ptr() if value.layout == torch.strided else None,
+        tuple(value.shape),
+        value.dtype,
+        value.device,
+        value.requires_grad,
+    )
+
+
+def _label(program: Any) -> str:
+    return getattr(program, "__name__", None) or type(program).__name__

@@ -1,0 +1,442 @@
+"""Optimisation steps, each taken on the highest rung of a ladder that is known to be right.
+
+The rungs: a compiled graph of the whole step; a recorded graph of the gradient; the Pyro program
+itself. Each has been checked against the one below it, with the same seed, before it serves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import pyro
+import torch
+from pyro.infer.elbo import ELBO as PyroELBO
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.optimizer import Optimizer
+from torch.utils.flop_counter import FlopCounterMode
+
+from ppl_models.core.minibatch import minibatch
+from ppl_models.core.random import seeded
+from ppl_models.core.types import Batch
+from ppl_models.infer import backend, compile
+from ppl_models.infer.block import Blocks, Loaded
+from ppl_models.infer.capture import Graph, Untraceable, capture
+from ppl_models.infer.guards import difference, fingerprint
+
+Compile = bool | Literal["now"]
+
+RECORDING = 150  # steps of a program that recording it costs
+RETRACES = 4  # kinds of steps, after which changing numbers of Python are no exception
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A bound and its gradient: a function of chosen rows, of the data and of the parameters.
+
+    Attributes:
+        model: The model.
+        guide: The guide.
+        objective: What is ascended.
+        leaves: What gradients are taken of.
+        plate: Name of the plate over rows.
+        size: Rows of the data set.
+    """
+
+    model: Callable[..., Any]
+    guide: Callable[..., Any]
+    objective: Any
+    leaves: list[Tensor]
+    plate: str
+    size: int
+    _handlers: dict[int, minibatch] = field(default_factory=dict, repr=False)
+
+    @property
+    def programs(self) -> tuple[Any, Any, Any]:
+        """All that it runs."""
+        return self.model, self.guide, self.objective
+
+    def __call__(self, index: Tensor | None, *data: Tensor) -> tuple[Tensor, list[Tensor | None]]:
+        """Return the bound, nats per row, and the gradient of minus the bound.
+
+        Arguments:
+            index: The rows, shape (B,), or None for all.
+            data: All rows.
+        """
+        if index is None:
+            return self._evaluate(data)
+        part = tuple(value.index_select(0, index) for value in data)
+        rows = len(index)
+        if rows not in self._handlers:
+            with backend.untraced():  # its checks look at values
+                some = torch.arange(rows)
+                self._handlers[rows] = minibatch(some, self.size, plate=self.plate)
+        handler = self._handlers[rows]
+        handler.index = index  # rows of a permutation, which need no second look
+        with handler:
+            return self._evaluate(part)
+
+    def _evaluate(self, part: Batch) -> tuple[Tensor, list[Tensor | None]]:
+        if not isinstance(self.objective, PyroELBO):
+            surrogate, bound = self.objective(self.model, self.guide, *part)
+            loss = -surrogate / self.size
+            return bound.detach() / self.size, list(
+                torch.autograd.grad(loss, self.leaves, allow_unused=True)
+            )
+        for leaf in self.leaves:
+            leaf.grad = None
+        elbo: Any = self.objective
+        loss = elbo.loss_and_grads(self.model, self.guide, *part)
+        loss = loss[0] if isinstance(loss, tuple) else loss
+        gradients = [None if v.grad is None else v.grad / self.size for v in self.leaves]
+        for leaf in self.leaves:
+            leaf.grad = None
+        return -torch.as_tensor(loss, dtype=torch.float64).detach() / self.size, gradients
+
+
+@dataclass
+class _Rung:
+    """How steps of a certain number of rows are taken, while nothing else changes."""
+
+    graph: Graph | None = None
+    index: Tensor | None = None  # rows to try it with
+    compiles: bool = False
+    plan: compile.Plan | None = None
+    built: Future[Path] | None = None
+    loaded: Loaded | None = None
+
+
+class Diverged(FloatingPointError):
+    """A bound or its gradient is not finite.
+
+    Attributes:
+        step: The number of the step, from 1; 0 for the one that was asked for.
+    """
+
+    def __init__(self, text: str, step: int = 0) -> None:
+        super().__init__(text)
+        self.step = step
+
+
+class Steps:
+    """The steps of one training.
+
+    Arguments:
+        evaluate: The bound and its gradient.
+        data: All rows, on the device.
+        optimizer: A torch optimiser of the leaves.
+        schedule: A learning-rate scheduler, stepped after each step.
+        rows: Rows of a step, but for the last one of an epoch; None if it takes all rows.
+        total: Steps that are planned.
+        compile: Whether to leave the bottom rung; "now" waits for the compiler at the first step.
+
+    Attributes:
+        taken: Steps taken.
+    """
+
+    def __init__(
+        self,
+        evaluate: Evaluation,
+        data: Batch,
+        optimizer: Optimizer,
+        schedule: LRScheduler | None,
+        *,
+        rows: int | None,
+        total: int,
+        compile: Compile,
+    ) -> None:
+        self.taken = 0
+        self._rows = rows
+        self._in_epoch = 1 if rows is None else -(-evaluate.size // rows)
+        self._evaluate = evaluate
+        self._data = data
+        self._optimizer = optimizer
+        self._schedule = schedule
+        self._total = total
+        self._compile = compile
+        self._takeover: int | None = None
+        self._rungs: dict[Any, _Rung] = {}
+        self._blocks: Blocks | None = None
+        self._used = {"compiled": 0, "traced graph": 0, "vanilla step": 0}
+        self._reasons: dict[str, None] = {}
+        self._facts: dict[str, Any] = {}
+        self._changed: list[str] = []
+        self._version = 0
+        self._versions: dict[str, int] = {}
+        self.look()
+
+    def look(self) -> None:
+        """Look whether modes, numbers of Python or tensors changed: after code of the user's ran."""
+        facts = fingerprint(*self._evaluate.programs)
+        if facts == self._facts:
+            return
+        self._changed = difference(self._facts, facts)
+        self._facts = facts
+        self._version = self._versions.setdefault(repr(sorted(facts.items())), len(self._versions))
+        self.renew()
+
+    def renew(self) -> None:
+        """Finish what is under way: before the data change, or the training ends."""
+        if self._blocks is not None:
+            self._blocks.check(self._alone)
+            self._blocks.settle()
+
+    def most(self, rows: int | None) -> int:
+        """Return how many steps of so many rows can be taken in one call."""
+        rung = self._rungs.get((self._version, rows))
+        if rung is None or rung.loaded is None or self._blocks is None:
+            return 1
+        return 1 if isinstance(self._schedule, ReduceLROnPlateau) else self._blocks.many
+
+    def take(self, order: Tensor | None, rows: int | None, count: int) -> list[float]:
+        """Take steps, and return the bound of each, nats per row.
+
+        Arguments:
+            order: The rows of all of them, shape (count * rows,), or None for all rows each time.
+            rows: Rows of a step.
+            count: How many: 1, or up to what `most` says.
+
+        Raises:
+            FloatingPointError: If a bound or its gradient is not finite. The parameters are those
+                before that step.
+        """
+        rung = self._rung(order, rows)
+        if not self._is_compiled(rung):
+            return [self._single(rung, order)]
+        assert rung.loaded is not None
+        assert self._blocks is not None
+        if rung.loaded.plan.kind is None:
+            bound, gradients = self._blocks.gradients(rung.loaded, order)
+            self._apply(bound, gradients)
+            self._used["compiled"] += 1
+            return [bound]
+        plateau = isinstance(self._schedule, ReduceLROnPlateau)
+        moves = None if plateau or self._schedule is None else self._schedule.step
+        bounds = self._blocks.run(
+            rung.loaded, order, count, taken=self.taken, schedule=moves, one=self._alone
+        )
+        if isinstance(self._schedule, ReduceLROnPlateau):
+            self._schedule.step(-bounds[-1])
+        self.taken += len(bounds)
+        self._used["compiled"] += len(bounds)
+        return bounds
+
+    def describe(self) -> str:
+        """Say which rungs ran and, if not the first one, why."""
+        used = [name for name, count in self._used.items() if count]
+        if not used:
+            return "no step was taken"
+        text = used[0]
+        if text == "compiled":
+            text += f" from step {(self._takeover or 0) + 1} (torch {torch.__version__})"
+        elif len(used) > 1:
+            text += f" (vanilla step: {self._used['vanilla step']} of {self.taken})"
+        return "; ".join((text, *self._reasons))
+
+    def _rung(self, order: Tensor | None, rows: int | None) -> _Rung:
+        key = (self._version, rows)
+        if key not in self._rungs:
+            self._rungs[key] = self._record(order, rows)
+        return self._rungs[key]
+
+    def _record(self, order: Tensor | None, rows: int | None) -> _Rung:
+        """Record a step, and decide whether it is to be compiled."""
+        if self._compile is False:
+            return self._because("compile=False")
+        uses = self._total if rows is None or rows == self._rows else self._total // self._in_epoch
+        if uses < RECORDING and self._compile is True:
+            return self._because(f"{uses} steps are over before recording one pays", rows)
+        if self._version >= RETRACES:
+            return self._because(
+                f"{', '.join(self._changed[:3])} changed between steps; numbers of Python are baked "
+                "into a graph, so make it a tensor, and fill_ it"
+            )
+        index = None if order is None or rows is None else order[:rows].clone()
+        inputs = self._data if index is None else (index, *self._data)
+
+        def evaluate(*values: Tensor) -> tuple[Tensor, list[Tensor | None]]:
+            return self._evaluate(*values) if index is not None else self._evaluate(None, *values)
+
+        try:
+            with self._undone():
+                graph = capture(evaluate, self._evaluate.leaves, *inputs)
+            with self._undone():
+                self._compare(graph, evaluate, index)
+        except Untraceable as error:
+            return self._because(str(error))
+        rung = _Rung(graph, index)
+        start = self._takeover
+        if start is None:
+            with self._undone():
+                start = 1 if self._compile == "now" else _takeover(graph, inputs)
+        if self._compile is True and uses < (2 if self._takeover is None else 1) * start:
+            if rows is None or rows == self._rows:
+                self._reasons[
+                    f"{uses} steps are over before a compiler pays, at about {2 * start}; "
+                    "compile='now' waits for it"
+                ] = None
+            return rung
+        self._takeover = start
+        rung.compiles = True
+        return rung
+
+    def _because(self, reason: str, rows: int | None = None) -> _Rung:
+        if rows is None or rows == self._rows:  # not of the last batch of an epoch
+            self._reasons[reason] = None
+        return _Rung()
+
+    def _compare(self, graph: Graph, evaluate: Callable[..., Any], index: Tensor | None) -> None:
+        """Compare a graph with the program, at other parameters and other rows, with the same seed.
+
+        Raises:
+            Untraceable: If they differ.
+        """
+        with seeded(1), torch.no_grad():
+            for leaf in self._evaluate.leaves:
+                leaf.add_((leaf.abs() + 0.01) * torch.randn_like(leaf) * 0.01)
+            if index is not None:
+                index = torch.randperm(self._evaluate.size)[: len(index)].to(index.device)
+        inputs = self._data if index is None else (index, *self._data)
+        with self._undone(), seeded(2):
+            facts = fingerprint(*self._evaluate.programs)
+            try:
+                bound, gradients = evaluate(*inputs)
+            except (ValueError, RuntimeError) as error:
+                raise Untraceable(f"a trial step failed ({str(error).splitlines()[0]})") from error
+            changed = difference(facts, fingerprint(*self._evaluate.programs))
+            changed = [name for name in changed if "__baseline" not in name]  # Pyro's averages
+            if changed:
+                raise Untraceable(f"each run of the program changes {', '.join(changed[:3])}")
+            expected = [bound, *(g for g in gradients if g is not None), torch.get_rng_state()]
+            expected += [value.detach().clone() for value in _state(self._evaluate).values()]
+        with self._undone(), seeded(2):
+            got = [*graph(*inputs), torch.get_rng_state()]
+            got += [value.detach().clone() for value in _state(self._evaluate).values()]
+        if len(got) != len(expected) or not all(
+            one.shape == other.shape and _close(one, other)
+            for one, other in zip(expected, got, strict=True)
+        ):
+            raise Untraceable(
+                "the graph computes something else than the program, which may use a value that is "
+                "no tensor: a number drawn by `random`, or computed from data or parameters"
+            )
+
+    def _is_compiled(self, rung: _Rung) -> bool:
+        """Whether a step is compiled by now: from a fixed step on, for which it waits."""
+        if rung.loaded is not None:
+            return True
+        if not rung.compiles or rung.graph is None or self._takeover is None or not self.taken:
+            return False  # the optimiser makes its state at the first step
+        try:
+            if self._blocks is None:
+                self._blocks = Blocks(self._evaluate.leaves, self._optimizer)
+            if rung.plan is None:
+                rung.plan = self._blocks.plan(rung.graph, rung.index, self._data)
+                if reason := compile.refusal(rung.plan):
+                    raise backend.Unsupported(reason)
+                rung.built = compile.compiled(rung.plan)
+            if self.taken < self._takeover or rung.built is None:
+                return False
+            rung.loaded = self._blocks.load(rung.plan, rung.built.result(), rung.index)
+        except backend.Unsupported as error:
+            rung.compiles = False
+            self._reasons[f"not compiled: {error}"] = None
+            return False
+        if self._blocks.reason:
+            self._reasons[self._blocks.reason] = None
+        return True
+
+    def _alone(self, order: Tensor | None, step: int) -> float:
+        """Take a step again, with care, when a compiled one failed."""
+        rung = self._rungs.get((self._version, None if order is None else len(order)), _Rung())
+        return self._single(rung, order, again=step)
+
+    def _single(self, rung: _Rung, order: Tensor | None, *, again: int = 0) -> float:
+        if self._blocks is not None and not again:
+            self._blocks.check(self._alone)
+            self._blocks.settle()
+        if rung.graph is not None:
+            inputs = self._data if order is None else (order, *self._data)
+            bound, *found = rung.graph(*inputs)
+            gradients: list[Tensor | None] = [None] * len(self._evaluate.leaves)
+            for leaf, gradient in zip(rung.graph.leaves, found, strict=True):
+                gradients[leaf] = gradient
+        else:
+            bound, gradients = self._evaluate(order, *self._data)
+        value = bound.item()
+        self._apply(value, gradients, again=again)
+        if not again:
+            self._used["traced graph" if rung.graph is not None else "vanilla step"] += 1
+        return value
+
+    def _apply(self, bound: float, gradients: list[Tensor | None], *, again: int = 0) -> None:
+        """Let the optimiser step, unless the bound or its gradient is not finite."""
+        present = [gradient for gradient in gradients if gradient is not None]
+        norm = torch.nn.utils.get_total_norm(present).item()
+        if not (abs(bound) < float("inf") and norm < float("inf")):
+            raise Diverged(
+                f"the bound is {bound:.4g} and the norm of its gradient {norm:.4g}", again
+            )
+        for leaf, gradient in zip(self._evaluate.leaves, gradients, strict=True):
+            # In the layout of the leaf: fused optimisers read both as flat memory, unchecked.
+            leaf.grad = None if gradient is None else torch.empty_like(leaf).copy_(gradient)
+        self._optimizer.step()
+        if again:
+            return
+        self.taken += 1
+        if isinstance(self._schedule, ReduceLROnPlateau):
+            self._schedule.step(-bound)
+        elif self._schedule is not None:
+            self._schedule.step()
+
+    @contextmanager
+    def _undone(self) -> Iterator[None]:
+        """Run a block that leaves parameters, buffers, gradients and random numbers as they were."""
+        store: Any = pyro.get_param_store()
+        before = store.get_state()
+        live = [*_state(self._evaluate).values(), *self._evaluate.leaves]
+        values = [value.detach().clone() for value in live]
+        try:
+            with seeded(0):
+                yield
+        finally:
+            with torch.no_grad():
+                for value, old in zip(live, values, strict=True):
+                    value.copy_(old)
+                    value.grad = None
+            store.clear()
+            store.set_state(before)
+
+
+def _state(evaluate: Evaluation) -> dict[int, Tensor]:
+    """Parameters, buffers and entries of the store, by identity."""
+    modules = [program for program in evaluate.programs if isinstance(program, nn.Module)]
+    found = [tensor for m in modules for tensor in (*m.parameters(), *m.buffers())]
+    found += [value for _, value in pyro.get_param_store().named_parameters()]
+    return {id(value): value for value in found}
+
+
+def _close(one: Tensor, other: Tensor) -> bool:
+    if not one.is_floating_point():
+        return torch.equal(one, other)
+    slack = 1e-4 if torch.float32 in (one.dtype, other.dtype) else 1e-9
+    scale = one.abs().max().item() if one.numel() else 0.0
+    one, other = one.double(), other.double()
+    return torch.allclose(one, other, rtol=slack, atol=slack * scale, equal_nan=True)
+
+
+def _takeover(graph: Graph, inputs: tuple[Tensor, ...]) -> int:
+    """The step from which a compiled graph is to serve: the same whenever the graph is the same.
+
+    By then the recorded graph has worked for about as long as a compiler takes, so nobody waits.
+    It is an estimate from operations, not a clock, so that results stay reproducible.
+    """
+    with FlopCounterMode(display=False) as counter:
+        graph(*inputs)
+    seconds = 5e-6 * graph.nodes + counter.get_total_flops() / 3e10 + 5e-5
+    return int((4.0 + 0.015 * graph.nodes) / seconds)
