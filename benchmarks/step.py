@@ -22,8 +22,8 @@ least is the difference of the least of either, since the least difference would
 
 Before that, a check that the comparison is like for like: all variants must have as many
 parameters, the same bound at the start (within 5 standard errors) and, trained for as many steps,
-nearly the same at the end (within 5 % of what was gained). After it, the time to the first step,
-compiling included, imports not: with empty caches, of later models in that process, and of the
+nearly the same at the end (within 5 % of what was gained). After it, the time of the first two
+steps (`fit` records at the first, the second is compiled), imports not included: with empty caches, of later models in that process, and of the
 first model in a second process with the caches of the first.
 
 NumPyro may live in another environment, since it needs no torch: `pip install numpyro funsor`.
@@ -100,20 +100,12 @@ class Peer:
 
 
 class Stopwatch:
-    """The times of one variant: so many steps that a round lasts `target` seconds, or more."""
+    """The times of one variant, all rounds of the same number of steps."""
 
-    def __init__(self, seconds: Callable[[int], float], target: float, unit: int = 1) -> None:
+    def __init__(self, seconds: Callable[[int], float], steps: int) -> None:
         self.seconds = seconds
-        self.steps = unit
-        seconds(unit)  # compiles
-        while (took := seconds(self.steps)) < (goal := self.goal(target)):
-            factor = min(10.0, max(2.0, 1.1 * goal / max(took, 1e-9)))
-            self.steps = unit * math.ceil(factor * self.steps / unit)
+        self.steps = steps
         self.rounds: list[float] = []
-
-    def goal(self, target: float) -> float:
-        """Say how long a round must last."""
-        return target
 
     def take(self) -> None:
         """Time one round."""
@@ -121,40 +113,59 @@ class Stopwatch:
 
     def milliseconds(self) -> tuple[float, float]:
         """Return the least and the median of a step."""
-        return _per_step(min(self.rounds), self.steps), _per_step(
-            statistics.median(self.rounds), self.steps
-        )
+        return self._of_a_step(min(self.rounds)), self._of_a_step(statistics.median(self.rounds))
+
+    def _of_a_step(self, seconds: float) -> float:
+        return 1000 * seconds / self.steps
 
 
 class Difference(Stopwatch):
-    """The times of a variant whose runs begin with a set-up, which is not to count.
+    """The times of a variant whose runs begin with a set-up, which is not to count."""
 
-    The shorter run has an epoch at least: its last batch may be smaller, which is set up too.
-    """
+    def __init__(self, seconds: Callable[[int], float], steps: int) -> None:
+        super().__init__(seconds, 2 * math.ceil(steps / 2))
+        self.longer: list[float] = []
+        self.shorter: list[float] = []
 
-    def __init__(self, seconds: Callable[[int], float], target: float, epoch: int) -> None:
-        self.pairs: list[tuple[float, float]] = []  # of 3 n steps and of n
-        unit = 2 * max(epoch, 10)
-        super().__init__(lambda steps: self._pair(seconds, steps // 2), target, unit)
-        self.pairs.clear()
-
-    def goal(self, target: float) -> float:
-        # A set-up that varies a little must not be most of the difference.
-        return max(target, self.pairs[-1][1] / 2)
-
-    def _pair(self, seconds: Callable[[int], float], n: int) -> float:
-        short, long = seconds(n), seconds(3 * n)
-        self.pairs.append((long, short))
-        return long - short
+    def take(self) -> None:
+        n = self.steps // 2
+        self.shorter.append(self.seconds(n))
+        self.longer.append(self.seconds(3 * n))
+        self.rounds.append(self.longer[-1] - self.shorter[-1])
 
     def milliseconds(self) -> tuple[float, float]:
         _, median = super().milliseconds()
-        least = min(long for long, _ in self.pairs) - min(short for _, short in self.pairs)
-        return _per_step(least, self.steps), median
+        return self._of_a_step(min(self.longer) - min(self.shorter)), median
 
 
-def _per_step(seconds: float, steps: int) -> float:
-    return 1000 * seconds / steps
+def stopwatch(seconds: Callable[[int], float], target: float, unit: int = 1) -> Stopwatch:
+    """Take so many steps in a round, a multiple of `unit`, that it lasts `target` seconds."""
+    steps = unit
+    seconds(unit)  # compiles
+    while (took := seconds(steps)) < target:
+        factor = min(10.0, max(2.0, 1.1 * target / max(took, 1e-9)))
+        steps = unit * math.ceil(factor * steps / unit)
+    return Stopwatch(seconds, steps)
+
+
+def difference(variant: Ours, target: float) -> Stopwatch:
+    """Take so many steps that the difference is `target` seconds, and not mostly noise of set-up.
+
+    The shorter run has an epoch at least: its last batch may be smaller, which is set up too.
+    """
+    setup, step = variant.pace()
+    _say(f"  set-up of a run {setup:.2f} s, a step about {1000 * step:.4f} ms")
+    epoch = math.ceil(variant.case.rows / variant.case.batch)
+    goal = max(target, setup / 2)
+    steps = max(2 * epoch, math.ceil(goal / step))
+    while True:  # without callbacks, `fit` may be much faster than its pace
+        watch = Difference(variant.seconds, steps)
+        watch.take()
+        watch.take()
+        took = watch.milliseconds()[0] * watch.steps / 1000
+        if took > 0.7 * goal:
+            return Difference(variant.seconds, steps)
+        steps *= math.ceil(min(10.0, max(2.0, goal / max(took, 1e-9))))
 
 
 def measure(name: str, peer: Peer | None, options: argparse.Namespace) -> dict[str, dict[str, Any]]:
@@ -167,11 +178,11 @@ def measure(name: str, peer: Peer | None, options: argparse.Namespace) -> dict[s
         row = found[title] = {"parameters": variant.size(), "start": variant.bound()}
         variant.train(case.training)
         row |= {"end": variant.bound(), "how": variant.how}
-        if isinstance(variant, Ours):
-            epoch = math.ceil(case.rows / case.batch)
-            watches[title] = Difference(variant.seconds, options.seconds, epoch)
-        else:
-            watches[title] = Stopwatch(variant.seconds, options.seconds)
+        watches[title] = (
+            difference(variant, options.seconds)
+            if isinstance(variant, Ours)
+            else stopwatch(variant.seconds, options.seconds)
+        )
         _say(f"{name}: {title} is ready. {variant.how}")
     for title, (row, watch) in _prepare_peers(name, peer, options).items():
         found[title], watches[title] = row, watch
@@ -208,7 +219,7 @@ def _prepare_peers(
         seconds(how)(case.training)
         row["end"] = peer.ask("bound", name, how)
         unit = case.scan if how == "scan" else 1
-        ready[title] = row, Stopwatch(seconds(how), options.seconds, unit)
+        ready[title] = row, stopwatch(seconds(how), options.seconds, unit)
     return ready
 
 
@@ -237,7 +248,7 @@ def differences(found: dict[str, dict[str, Any]]) -> list[str]:
 
 
 def first_steps(options: argparse.Namespace, environment: dict[str, str]) -> dict[str, Any]:
-    """Seconds to the first step: cold, of later models, and in a second process."""
+    """Seconds of the first two steps: cold, of later models, and in a second process."""
     rows: dict[str, Any] = {}
     for who in ("fit compiled", "hand compiled", "NumPyro loop"):
         if who in PEERS and options.numpyro is None:
@@ -334,7 +345,12 @@ def _ratios(results: Results) -> list[tuple[str, ...]]:
 
 
 def _first_table(first: dict[str, Any]) -> str:
-    head = ("first step, s", f"{FIRST[0]}, no cache", *FIRST[1:], f"{FIRST[0]}, second process")
+    head = (
+        "first two steps, s",
+        f"{FIRST[0]}, no cache",
+        *FIRST[1:],
+        f"{FIRST[0]}, second process",
+    )
     lines = [
         (name, *(f"{v:.2f}" for v in (row["cold"], *row["later"], row["second_process"])))
         for name, row in first.items()
