@@ -25,3 +25,11 @@ def _isolated() -> Iterator[None]:
     yield
     pyro.clear_param_store()
     torch.set_default_dtype(dtype)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Compile into a folder of this run, so that no earlier run decides what is built."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PPL_MODELS_CACHE", str(tmp_path_factory.mktemp("steps")))
+        yield

@@ -28,7 +28,7 @@ class _Checkpoint:
     """Where training was, and what has been done since."""
 
     values: list[tuple[Tensor, Tensor]]
-    stream: Tensor
+    streams: list[Tensor]
     ahead: int
     taken: int
     time: float
@@ -46,7 +46,7 @@ class Loaded:
     """
 
     plan: Plan
-    library: backend.Library
+    library: backend.Library | backend.Replay
     index: Tensor | None
 
 
@@ -61,7 +61,9 @@ class Blocks:
     def __init__(self, leaves: Sequence[Tensor], optimizer: Optimizer) -> None:
         self._leaves = leaves
         self._optimizer = optimizer
-        self._rates = torch.zeros(len(optimizer.param_groups), dtype=torch.float64)
+        self._device = leaves[0].device
+        groups = len(optimizer.param_groups)
+        self._rates = torch.zeros(groups, dtype=torch.float64, device=self._device)
         self._powers: list[Tensor] = []
         self._stale = True  # the powers do not know of steps that others took
         self._ahead = 0  # steps that the optimiser's counters do not know of
@@ -86,7 +88,8 @@ class Blocks:
             buffers = tuple(torch.empty_like(self._leaves[i]) for i in graph.leaves)
             return Plan(graph, passed, None, [], [], buffers, 0)
         if not self._powers:
-            self._powers = [torch.ones(2, dtype=torch.float64) for _ in self._options]
+            ones = torch.ones(2, dtype=torch.float64, device=self._device)
+            self._powers = [ones.clone() for _ in self._options]
         where = {id(self._leaves[leaf]): number for number, leaf in enumerate(graph.leaves)}
         groups = self._optimizer.param_groups
         members = [[where[id(p)] for p in g["params"] if id(p) in where] for g in groups]
@@ -100,15 +103,20 @@ class Blocks:
                 states.extend(state[name] for name in names)
         return Plan(graph, passed, self._kind, self._options, members, tuple(states), len(names))
 
-    def load(self, plan: Plan, path: Path, index: Tensor | None) -> Loaded:
+    def load(self, plan: Plan, path: Path | None, index: Tensor | None) -> Loaded:
         """Load a compiled step, once it has done the same as the graph.
+
+        Arguments:
+            plan: What it computes.
+            path: Its shared object; None on a GPU, where the graph is captured and replayed.
+            index: Rows to try it with; None where it takes them all.
 
         Raises:
             backend.Unsupported: If it has not, or does not load.
         """
         try:
             _check(plan, path, index)
-            library = backend.Library(path, plan.inputs)
+            library = _load(plan, path, plan.inputs)
         except (OSError, RuntimeError, AttributeError) as error:
             raise backend.Unsupported(str(error).splitlines()[0]) from error
         self._checkpoint = None  # it does not know of what this step changes
@@ -214,7 +222,7 @@ class Blocks:
     def _here(self, now: float, taken: int) -> _Checkpoint:
         return _Checkpoint(
             values=[(value, value.clone()) for value in self._changing.values()],
-            stream=torch.get_rng_state(),
+            streams=_streams(self._device),
             ahead=self._ahead,
             taken=taken,
             time=now,
@@ -226,7 +234,9 @@ class Blocks:
         assert checkpoint is not None
         for value, before in checkpoint.values:
             value.copy_(before)
-        torch.set_rng_state(checkpoint.stream)
+        torch.set_rng_state(checkpoint.streams[0])
+        for stream in checkpoint.streams[1:]:
+            torch.cuda.set_rng_state(stream, self._device)
         self._ahead = checkpoint.ahead
         left = sum(len(rates) for _, _, rates in checkpoint.blocks) - failed
         quick = max(0, left - careful)
@@ -248,7 +258,19 @@ class Blocks:
         return bounds
 
 
-def _check(plan: Plan, path: Path, index: Tensor | None) -> None:
+def _load(
+    plan: Plan, path: Path | None, inputs: Sequence[Tensor]
+) -> backend.Library | backend.Replay:
+    return backend.Replay(plan.step, inputs) if path is None else backend.Library(path, inputs)
+
+
+def _streams(device: torch.device) -> list[Tensor]:
+    """Where the random streams are that a step draws from."""
+    gpu = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
+    return [torch.get_rng_state(), *gpu]
+
+
+def _check(plan: Plan, path: Path | None, index: Tensor | None) -> None:
     """Let a compiled step and the graph take the same step, on copies, and compare."""
     start = [_copy(value) for value in plan.inputs]
     place = len(plan.graph.tensors)
@@ -257,7 +279,7 @@ def _check(plan: Plan, path: Path, index: Tensor | None) -> None:
     rates = torch.ones(1, len(plan.options), dtype=torch.float64)  # so that a step is seen
     at = place + len(plan.passed) + 1
     for members in plan.members:
-        start[at].copy_(torch.tensor([0.7, 0.9]))
+        start[at].copy_(torch.tensor([0.7, 0.9], dtype=torch.float64))
         for first in range(at + 1, at + 1 + plan.per_member * len(members), plan.per_member or 1):
             if plan.per_member == 2:  # where a second moment is nearly 0, rounding is made large
                 start[first + 1].add_(start[first + 1].mean() + 1e-8)
@@ -266,7 +288,7 @@ def _check(plan: Plan, path: Path, index: Tensor | None) -> None:
     if plan.kind is not None:
         graph[place + len(plan.passed)].copy_(rates[0])
     with seeded(3):
-        library = backend.Library(path, compiled)
+        library = _load(plan, path, compiled)
         bounds, error = library.run(
             None if index is None else compiled[place],
             index,
@@ -275,10 +297,10 @@ def _check(plan: Plan, path: Path, index: Tensor | None) -> None:
         )
         if error:
             raise backend.Unsupported(f"the compiled step fails: {error}")
-        stream = torch.get_rng_state()
+        streams = _streams(start[0].device)
     with seeded(3), torch.no_grad():
-        bound = plan.step(*graph)
-        same = torch.equal(stream, torch.get_rng_state())
+        bound = plan.step(*graph).cpu()
+        same = all(map(torch.equal, streams, _streams(start[0].device)))
     changes = zip(start, compiled, graph, strict=True)
     same = same and _close(bounds[0], bound, bound)
     if not (same and all(_close(one - old, other - old, old) for old, one, other in changes)):
@@ -286,7 +308,7 @@ def _check(plan: Plan, path: Path, index: Tensor | None) -> None:
 
 
 def _copy(value: Tensor) -> Tensor:
-    made = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype)
+    made = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
     return made.copy_(value)
 
 
@@ -296,5 +318,6 @@ def _close(one: Tensor, other: Tensor, old: Tensor) -> bool:
         return torch.equal(one, other)
     coarse = old.dtype != torch.float64 or old.ndim == 0
     slack, rounding = (2e-3, 1e-5) if coarse else (1e-7, 1e-12)
-    scale = slack * other.abs().max().item() + rounding * old.abs().max().item()
+    sizes = [value.nan_to_num(0.0, 0.0, 0.0).abs().max().item() for value in (other, old)]
+    scale = slack * sizes[0] + rounding * sizes[1]
     return torch.allclose(one, other, rtol=0.0, atol=scale, equal_nan=True)

@@ -8,6 +8,7 @@ been done to it since.
 
 from __future__ import annotations
 
+import operator
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -48,6 +49,7 @@ class Graph:
         leaves: For each gradient, the place of its leaf among the leaves that were given.
         positions: For each gradient, the place of its leaf among `tensors`.
         changed: Places among all inputs of what the graph changes in place.
+        run: The graph, or a faster function that computes the same.
     """
 
     module: GraphModule
@@ -55,6 +57,7 @@ class Graph:
     leaves: tuple[int, ...]
     positions: tuple[int, ...]
     changed: tuple[int, ...]
+    run: Callable[..., Any]
 
     @property
     def nodes(self) -> int:
@@ -64,7 +67,7 @@ class Graph:
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Evaluate it: the bound, and the gradient of each leaf that has one."""
         with torch.no_grad():
-            return self.module.forward(*self.tensors, *inputs)
+            return self.run(*self.tensors, *inputs)
 
 
 def capture(
@@ -95,7 +98,7 @@ def capture(
     except Exception as error:
         raise Untraceable(_reason(error)) from error
     tensors = _lift(module)
-    module = backend.simplified(module)
+    _simplify(module)
     where = {id(tensor): place for place, tensor in enumerate(tensors)}
     missing = [i for i in present if id(leaves[i]) not in where]
     if missing:
@@ -111,6 +114,7 @@ def capture(
         leaves=tuple(present),
         positions=tuple(where[id(leaves[i])] for i in present),
         changed=_changed(module),
+        run=backend.without_python(module, *(v.detach() for v in tensors), *inputs),
     )
 
 
@@ -158,29 +162,64 @@ def _add_input(graph: Any, place: int) -> Any:
         return graph.placeholder(f"given_{place}")
 
 
-def _changed(module: GraphModule) -> tuple[int, ...]:
-    """Which inputs an in-place operation changes, itself or through a view."""
-    inputs = [node for node in module.graph.nodes if node.op == "placeholder"]
-    owner = {node: place for place, node in enumerate(inputs)}
-    changed: set[int] = set()
-    for node in module.graph.nodes:
-        schema = getattr(node.target, "_schema", None)
-        if schema is None:
+def _simplify(module: GraphModule) -> None:
+    """Compute nothing twice and nothing for nothing; the values stay the same to the last bit.
+
+    Two results that are equal when they are made are one, unless either is drawn, or is changed
+    in place later on: such as two sums that begin with the same term.
+    """
+    graph = module.graph
+    graph.eliminate_dead_code()
+    owner, written = _owners(graph.nodes)
+    first: dict[tuple[Any, str], Any] = {}
+    for node in list(graph.nodes):
+        if node.op != "call_function":
             continue
-        for position, argument in enumerate(schema.arguments):
+        if node.target is torch.ops.aten.detach.default:
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+            continue
+        touched = {owner.get(value, value) for value in (node, *node.all_input_nodes)}
+        drawn = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+        if drawn or touched & written:
+            continue
+        same = first.setdefault((node.target, repr((node.args, node.kwargs))), node)
+        if same is not node:
+            node.replace_all_uses_with(same)
+            graph.erase_node(node)
+    graph.eliminate_dead_code()
+    module.recompile()
+
+
+def _owners(nodes: Any) -> tuple[dict[Any, Any], set[Any]]:
+    """Return of whom each result is a view, or it itself again, and who is changed in place."""
+    owner: dict[Any, Any] = {}
+    written: set[Any] = set()
+    for node in nodes:
+        if node.target is operator.getitem:
+            owner[node] = owner.get(node.args[0], node.args[0])
+        schema = getattr(node.target, "_schema", None)
+        for position, argument in enumerate(schema.arguments if schema is not None else ()):
             value = (
                 node.args[position] if position < len(node.args) else node.kwargs.get(argument.name)
             )
             if argument.alias_info is None or not isinstance(value, torch.fx.Node):
                 continue
-            if value in owner:
-                owner.setdefault(node, owner[value])  # a view, or the tensor itself
-                if argument.alias_info.is_write:
-                    changed.add(owner[value])
+            owner.setdefault(node, owner.get(value, value))
+            if argument.alias_info.is_write:
+                written.add(owner.get(value, value))
         if node.target in _BATCH_NORM:
             # Its schema does not say that it updates running means and variances.
-            changed |= {owner[value] for value in node.args[3:5] if value in owner}
-    return tuple(sorted(changed))
+            written |= {owner.get(v, v) for v in node.args[3:5] if isinstance(v, torch.fx.Node)}
+    return owner, written
+
+
+def _changed(module: GraphModule) -> tuple[int, ...]:
+    """Which inputs an in-place operation changes, itself or through a view."""
+    nodes = module.graph.nodes
+    inputs = [node for node in nodes if node.op == "placeholder"]
+    _, written = _owners(nodes)
+    return tuple(place for place, node in enumerate(inputs) if node in written)
 
 
 _BATCH_NORM = {torch.ops.aten.native_batch_norm.default}

@@ -115,8 +115,11 @@ def refusal(plan: Plan) -> str | None:
         return f"{COMPILER}=none"
     if reason := backend.compiles_here():
         return reason
-    if any(value.device.type != "cpu" for value in plan.inputs):
-        return "the tensors are not on the CPU"
+    devices = {value.device.type for value in plan.inputs}
+    if devices == {"cuda"}:
+        return None
+    if devices != {"cpu"}:
+        return f"the tensors are on {' and '.join(sorted(devices))}"
     if not any(shutil.which(name) for name in (os.environ.get("CXX"), "g++", "clang++") if name):
         return "no C++ compiler was found; install g++ or clang++, or name one in CXX"
     if plan.graph.nodes > LONG:
@@ -131,16 +134,21 @@ def refusal(plan: Plan) -> str | None:
     return None
 
 
-def compiled(plan: Plan) -> Future[Path]:
+def compiled(plan: Plan) -> Future[Path | None]:
     """Return the shared object of a step, from the cache or, in due time, from the compiler.
+
+    On a GPU it is None: there the graph is captured and replayed.
 
     The future raises `backend.Unsupported`, with the reason, if it cannot be built.
     """
+    done: Future[Path | None] = Future()
+    if plan.inputs[0].device.type == "cuda":
+        done.set_result(None)
+        return done
     job = plan.job()
     key = _key(json.dumps(job, sort_keys=True))
     if (found := _find(key)) is None:
         return _compiler().build(job, key)
-    done: Future[Path] = Future()
     done.set_result(found)
     return done
 
@@ -188,6 +196,12 @@ def _processor() -> str:
     return "\n".join(sorted(told))
 
 
+def _choices() -> Path:
+    """Return the note of which library multiplies which matrices faster, on this processor."""
+    told = hashlib.sha256(f"{torch.__version__}\0{_processor()}".encode()).hexdigest()[:16]
+    return folder() / f"products-{told}.json"
+
+
 @functools.cache
 def _compiler_version() -> str:
     name = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or ""
@@ -231,12 +245,12 @@ class _Compiler:
     """The process of the compiler: one job at a time, in the order in which they came."""
 
     def __init__(self) -> None:
-        self._queue: SimpleQueue[tuple[dict[str, Any], str, Future[Path]]] = SimpleQueue()
-        self._pending: dict[str, Future[Path]] = {}
+        self._queue: SimpleQueue[tuple[dict[str, Any], str, Future[Path | None]]] = SimpleQueue()
+        self._pending: dict[str, Future[Path | None]] = {}
         self._process: subprocess.Popen[str] | None = None
         threading.Thread(target=self._work, daemon=True).start()
 
-    def build(self, job: dict[str, Any], key: str) -> Future[Path]:
+    def build(self, job: dict[str, Any], key: str) -> Future[Path | None]:
         """Queue a job, unless the same one is there."""
         if key not in self._pending or self._pending[key].done():
             self._pending[key] = Future()
@@ -268,7 +282,7 @@ class _Compiler:
         token = secrets.token_hex(4)
         made, asked = (folder() / f".{key}-{token}.{kind}" for kind in ("so", "json"))
         try:
-            asked.write_text(json.dumps(job | {"out": str(made)}))
+            asked.write_text(json.dumps(job | {"out": str(made), "choices": str(_choices())}))
             if error := self._ask(asked):
                 raise backend.Unsupported(error)
             return _keep(made, key)

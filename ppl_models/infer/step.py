@@ -107,7 +107,7 @@ class _Rung:
     index: Tensor | None = None  # rows to try it with
     compiles: bool = False
     plan: compile.Plan | None = None
-    built: Future[Path] | None = None
+    built: Future[Path | None] | None = None
     loaded: Loaded | None = None
 
 
@@ -137,6 +137,7 @@ class Steps:
 
     Attributes:
         taken: Steps taken.
+        rung: Which rung the last one was taken on.
     """
 
     def __init__(
@@ -163,6 +164,7 @@ class Steps:
         self._rungs: dict[Any, _Rung] = {}
         self._blocks: Blocks | None = None
         self._used = {"compiled": 0, "traced graph": 0, "vanilla step": 0}
+        self.rung = ""
         self._reasons: dict[str, None] = {}
         self._facts: dict[str, Any] = {}
         self._changed: list[str] = []
@@ -197,14 +199,15 @@ class Steps:
         """Take steps, and return the bound of each, nats per row.
 
         Arguments:
-            order: The rows of all of them, shape (count * rows,), or None for all rows each time.
-            rows: Rows of a step.
+            order: The rows of all of them, shape (>= count * rows,), or None for all rows each time.
+            rows: Rows of a step, None with `order`.
             count: How many: 1, or up to what `most` says.
 
         Raises:
             FloatingPointError: If a bound or its gradient is not finite. The parameters are those
                 before that step.
         """
+        order = None if order is None or rows is None else order[: count * rows]
         rung = self._rung(order, rows)
         if not self._is_compiled(rung):
             return [self._single(rung, order)]
@@ -213,7 +216,7 @@ class Steps:
         if rung.loaded.plan.kind is None:
             bound, gradients = self._blocks.gradients(rung.loaded, order)
             self._apply(bound, gradients)
-            self._used["compiled"] += 1
+            self._count("compiled", 1)
             return [bound]
         plateau = isinstance(self._schedule, ReduceLROnPlateau)
         moves = None if plateau or self._schedule is None else self._schedule.step
@@ -223,7 +226,7 @@ class Steps:
         if isinstance(self._schedule, ReduceLROnPlateau):
             self._schedule.step(-bounds[-1])
         self.taken += len(bounds)
-        self._used["compiled"] += len(bounds)
+        self._count("compiled", len(bounds))
         return bounds
 
     def describe(self) -> str:
@@ -273,7 +276,8 @@ class Steps:
         start = self._takeover
         if start is None:
             with self._undone():
-                start = 1 if self._compile == "now" else _takeover(graph, inputs)
+                on_gpu = inputs[-1].device.type == "cuda" if inputs else False
+                start = 1 if self._compile == "now" or on_gpu else _takeover(graph, inputs)
         if self._compile is True and uses < (2 if self._takeover is None else 1) * start:
             if rows is None or rows == self._rows:
                 self._reasons[
@@ -371,8 +375,12 @@ class Steps:
         value = bound.item()
         self._apply(value, gradients, again=again)
         if not again:
-            self._used["traced graph" if rung.graph is not None else "vanilla step"] += 1
+            self._count("traced graph" if rung.graph is not None else "vanilla step", 1)
         return value
+
+    def _count(self, rung: str, steps: int) -> None:
+        self.rung = rung
+        self._used[rung] += steps
 
     def _apply(self, bound: float, gradients: list[Tensor | None], *, again: int = 0) -> None:
         """Let the optimiser step, unless the bound or its gradient is not finite."""
@@ -425,8 +433,8 @@ def _close(one: Tensor, other: Tensor) -> bool:
     if not one.is_floating_point():
         return torch.equal(one, other)
     slack = 1e-4 if torch.float32 in (one.dtype, other.dtype) else 1e-9
-    scale = one.abs().max().item() if one.numel() else 0.0
     one, other = one.double(), other.double()
+    scale = one.nan_to_num(0.0, 0.0, 0.0).abs().max().item() if one.numel() else 0.0
     return torch.allclose(one, other, rtol=slack, atol=slack * scale, equal_nan=True)
 
 
@@ -438,5 +446,5 @@ def _takeover(graph: Graph, inputs: tuple[Tensor, ...]) -> int:
     """
     with FlopCounterMode(display=False) as counter:
         graph(*inputs)
-    seconds = 5e-6 * graph.nodes + counter.get_total_flops() / 3e10 + 5e-5
-    return int((4.0 + 0.015 * graph.nodes) / seconds)
+    seconds = 1.2e-6 * graph.nodes + counter.get_total_flops() / 6e10 + 3e-5
+    return int((4.0 + 0.01 * graph.nodes) / seconds)

@@ -233,14 +233,17 @@ def fit(
                     for value, probabilities in drawn:
                         value.copy_(torch.bernoulli(probabilities))
                     order = torch.randperm(size).to(batch[0].device) if rows < size else None
-                here, left = _batches_left(place, rows, size)
-                left = (1 if drawn else total) if order is None else left
+                if order is None:
+                    here, left, chunk = None, 1 if drawn else total, None
+                else:
+                    here, left = _batches_left(place, rows, size)
+                    chunk = order[place * rows :]
                 count = 1 if callbacks else min(left, total - taken, taking.most(here))
-                chunk = None if order is None else order[place * rows :][: count * here]
                 with _named_step(taken + 1):
-                    bounds += taking.take(chunk, None if order is None else here, count)
+                    bounds += taking.take(chunk, here, count)
                 speed = len(bounds) * rows / (time.perf_counter() - start)
-                bar(len(bounds), f"bound {bounds[-1]:.4g} nats/row, {speed:,.0f} rows/s")
+                status = f"bound {bounds[-1]:.4g} nats/row, {speed:,.0f} rows/s, {taking.rung}"
+                bar(len(bounds), status)
                 for callback in callbacks:
                     if callback(len(bounds), bounds[-1]) is True:
                         interrupted.set()

@@ -188,8 +188,10 @@ def options_of(optimizer: torch.optim.Optimizer) -> tuple[str, list[dict[str, An
     if hooks or kind not in known or made is not known[kind]():
         return f"optimiser {kind} steps outside the graph; SGD, Adam, AdamW and ClippedAdam do not"
     groups = [{name: group[name] for name in OPTIONS[kind]} for group in optimizer.param_groups]
-    if any(group.get("amsgrad") for group in groups):
+    if any(group.get("amsgrad") for group in optimizer.param_groups):
         return f"{kind}(amsgrad=True) steps outside the graph"
+    if kind == "SGD" and len({bool(group["momentum"]) for group in groups}) > 1:
+        return "SGD with momentum in some groups only steps outside the graph"
     return kind, groups
 
 

@@ -1,0 +1,116 @@
+"""What a recorded graph takes for granted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pyro
+import pytest
+import torch
+from torch import nn
+
+from ppl_models import VAE
+from ppl_models.infer.guards import difference, fingerprint
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(2, 3), nn.Dropout(0.5), nn.BatchNorm1d(3))
+        self.beta = 0.5
+        self.options = {"rates": [1.0, 2.0], "name": "one"}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.beta * self.net(x)
+
+
+def rebind(module: Scaled) -> None:
+    module.net[0].weight.data = module.net[0].weight.data.clone()
+
+
+def assign(module: Scaled) -> None:
+    state = {name: value.clone() for name, value in module.state_dict().items()}
+    module.load_state_dict(state, assign=True)
+
+
+def reduce_dropout(module: Scaled) -> None:
+    module.net[1].p = 0.1
+
+
+CHANGES: dict[str, tuple[Callable[[Scaled], Any], str]] = {
+    "mode": (lambda m: m.eval(), "training"),
+    "mode of one": (lambda m: m.net[1].eval(), "Scaled.net.1.training"),
+    "number": (lambda m: setattr(m, "beta", 0.6), "Scaled.beta"),
+    "number of another type": (lambda m: setattr(m, "beta", True), "Scaled.beta"),
+    "number within": (
+        lambda m: m.options["rates"].__setitem__(1, 3.0),
+        "Scaled.options['rates'][1]",
+    ),
+    "longer list": (lambda m: m.options["rates"].append(3.0), "Scaled.options['rates']: length"),
+    "rate of dropout": (reduce_dropout, "Scaled.net.1.p"),
+    "memory of a parameter": (rebind, "Scaled.net.0.weight"),
+    "parameters": (assign, "Scaled.net.0.bias"),
+    "frozen": (lambda m: m.net[0].weight.requires_grad_(False), "Scaled.net.0.weight"),
+    "buffer": (
+        lambda m: setattr(m.net[2], "running_mean", torch.zeros(3)),
+        "Scaled.net.2.running_mean",
+    ),
+    "dtype": (lambda m: m.float(), "Scaled.net.0.weight"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_change_that_a_graph_would_not_see_is_seen_and_named(name: str) -> None:
+    change, told = CHANGES[name]
+    module = Scaled()
+    before = fingerprint(module)
+    assert fingerprint(module) == before
+    change(module)
+    assert any(told in found for found in difference(before, fingerprint(module)))
+
+
+def test_values_of_tensors_are_no_part_of_it() -> None:
+    module = Scaled()
+    before = fingerprint(module)
+    with torch.no_grad():
+        for value in [*module.parameters(), *module.buffers()]:
+            value += 1
+    assert fingerprint(module) == before
+
+
+def test_functions_are_known_by_what_they_close_over_and_by_globals_that_they_name() -> None:
+    scale = 1.0
+    table = {"a": torch.zeros(2)}
+
+    def inner(x: torch.Tensor) -> torch.Tensor:
+        return scale * x + table["a"]
+
+    def outer(x: torch.Tensor, shift: float = 2.0) -> torch.Tensor:
+        return inner(x) + shift
+
+    before = fingerprint(partial(outer, shift=3.0))
+    scale = 1.5
+    assert difference(before, fingerprint(partial(outer, shift=3.0))) == ["partial: inner: scale"]
+    assert "partial arguments['shift']" in difference(
+        before, fingerprint(partial(outer, shift=4.0))
+    )
+    between = fingerprint(outer)
+    table["a"] = torch.zeros(2)
+    assert difference(between, fingerprint(outer)) == ["outer: inner: table['a']"]
+
+
+def test_entries_of_the_parameter_store_are_known_by_identity() -> None:
+    pyro.param("scale", torch.ones(2))
+    before = fingerprint()
+    pyro.get_param_store()["scale"] = torch.ones(2)
+    assert difference(before, fingerprint()) == ["pyro.param 'scale'"]
+
+
+def test_a_model_that_refers_to_itself_ends() -> None:
+    model = VAE(4, 2, hidden=(3,))
+    loop: list[Any] = [model]
+    loop.append(loop)
+    object.__setattr__(model, "loop", loop)
+    assert fingerprint(model) == fingerprint(model)
