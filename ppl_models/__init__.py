@@ -2,10 +2,11 @@
 
 from ppl_models.core.explain import explain
 from ppl_models.core.minibatch import minibatch
+from ppl_models.core.render import render
 from ppl_models.factor_analysis import FactorAnalysis
 from ppl_models.parts.priors import bayesian
 from ppl_models.ppca import PPCA
 from ppl_models.vae import VAE
 
-__all__ = ["PPCA", "VAE", "FactorAnalysis", "bayesian", "explain", "minibatch"]
+__all__ = ["PPCA", "VAE", "FactorAnalysis", "bayesian", "explain", "minibatch", "render"]
 __version__ = "0.1.0"
