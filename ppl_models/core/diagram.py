@@ -251,18 +251,20 @@ def _draw(ax: Axes, title: str, layout: _Layout, corner: Point, scale: float) ->
         for name, node in layout.graph.nodes.items()
     }
     for a, b in sorted(layout.graph.edges):
+        bend, clear = _bend(points, a, b)
         arrow = FancyArrowPatch(
             points[a],
             points[b],
             patchA=shapes[a],
             patchB=shapes[b],
-            connectionstyle=f"arc3,rad={_bend(points, a, b)}",
+            connectionstyle=f"arc3,rad={bend}",
             arrowstyle="-|>",
             mutation_scale=11 * scale,
             shrinkA=0,
             shrinkB=0,
             lw=1.0 * scale,
             color="#333333",
+            zorder=1 if clear else 5,  # over the node in its way: below, it would seem to end there
             gid=f"{title} edge {a} -> {b}",
         )
         ax.add_patch(arrow)
@@ -302,20 +304,22 @@ def _fitting(text: str, width: float, size: float) -> float:
     return min(size, 72 * width / (0.58 * max(len(text), 1)))
 
 
-def _bend(points: Mapping[str, Point], a: str, b: str) -> float:
-    """Choose the least curved arrow that runs over no other node and stays in the diagram."""
+def _bend(points: Mapping[str, Point], a: str, b: str) -> tuple[float, bool]:
+    """Choose the least curved arrow that keeps off other nodes, and say whether there is one."""
     west = min(x for x, _ in points.values()) - WIDTH / 2 - PAD
     east = max(x for x, _ in points.values()) + WIDTH / 2 + PAD
     others = [point for name, point in points.items() if name not in (a, b)]
 
-    def hits(bend: float) -> int:
+    def hits(bend: float) -> float:
         way = list(_curve(points[a], points[b], bend))
-        return any(not west < x < east for x, _ in way) + sum(
+        out = any(not west < x < east for x, _ in way)
+        return out / 2 + sum(
             any(math.hypot((x - u) / (0.53 * WIDTH), (y - v) / (0.55 * HEIGHT)) < 1 for x, y in way)
             for u, v in others
         )
 
-    return min(BENDS, key=lambda bend: (hits(bend), abs(bend)))
+    best = min(BENDS, key=lambda bend: (hits(bend), abs(bend)))
+    return best, hits(best) < 1
 
 
 def _curve(start: Point, end: Point, bend: float) -> Iterator[Point]:

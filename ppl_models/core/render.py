@@ -106,8 +106,8 @@ def render(
         >>> from ppl_models import PPCA
         >>> model = PPCA(data_dim=5, latent_dim=2)
         >>> picture = render(model, Amortized(model), model(size=7))
-        >>> [text.get_text() for text in picture.axes[0].texts][:2]
-        ['model: PPCA', 'guide: Amortized']
+        >>> [text.get_text() for text in picture.axes[0].texts if ": " in text.get_text()][:3]
+        ['model: PPCA', 'data: 7', 'guide: Amortized']
     """
     check_programs("render", model=model, **({} if guide is None else {"guide": guide}))
     graphs = {"model": graph_of(model, *batch, plate=plate)}

@@ -208,7 +208,7 @@ def test_twenty_nodes_keep_apart_and_each_is_in_its_own_plates_alone() -> None:
             for node in graph.nodes.values():
                 belongs = node.plates[: len(path)] == path
                 assert inside(nodes[node.name], box) is belongs, (node, path)
-                assert nodes[node.name].overlaps(box) is belongs, (node, path)
+                assert bool(nodes[node.name].overlaps(box)) is belongs, (node, path)
     for text in ax.texts:
         assert inside(text.get_window_extent(), picture.bbox), text
 
