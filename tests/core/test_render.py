@@ -268,6 +268,26 @@ def test_drawing_changes_nothing() -> None:
         assert torch.equal(value, state[name])
 
 
+def test_what_an_earlier_module_left_in_the_store_stays_out_of_this_one() -> None:
+    class Model(pyro.nn.PyroModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(2, 2)
+
+        def forward(self, x: Tensor) -> None:
+            with pyro.plate("data", len(x)):
+                pyro.sample("x", dist.Normal(self.layer(x), 1.0).to_event(1), obs=x)
+
+    x = torch.randn(6, 2)
+    earlier, model = Model(), Model()
+    earlier(x)
+    with pyro.poutine.trace():
+        earlier(x)  # in the store now, under the names of both
+    weight = model.layer.weight.clone()
+    render(model, None, x)
+    assert torch.equal(model.layer.weight, weight)
+
+
 def test_it_is_drawn_into_axes_that_are_given() -> None:
     from ppl_models.core.picture import picture
 
