@@ -270,22 +270,20 @@ def test_drawing_changes_nothing() -> None:
 
 def test_what_an_earlier_module_left_in_the_store_stays_out_of_this_one() -> None:
     class Model(pyro.nn.PyroModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = nn.Linear(2, 2)
+        def __init__(self, width: int) -> None:
+            super().__init__("same")
+            self.layer = nn.Linear(width, 2)
 
         def forward(self, x: Tensor) -> None:
             with pyro.plate("data", len(x)):
-                pyro.sample("x", dist.Normal(self.layer(x), 1.0).to_event(1), obs=x)
+                pyro.sample("x", dist.Normal(self.layer(x), 1.0).to_event(1))
 
-    x = torch.randn(6, 2)
-    earlier, model = Model(), Model()
-    earlier(x)
     with pyro.poutine.trace():
-        earlier(x)  # in the store now, under the names of both
-    weight = model.layer.weight.clone()
-    render(model, None, x)
-    assert torch.equal(model.layer.weight, weight)
+        Model(5)(torch.randn(6, 5))  # its weights, of another width, are under the same names
+    before = dict(pyro.get_param_store().items())
+    graph = graph_of(Model(2), torch.randn(6, 2))
+    assert set(graph.edges) == {("x (given)", "x")}
+    assert dict(pyro.get_param_store().items()).keys() == before.keys()
 
 
 def test_it_is_drawn_into_axes_that_are_given() -> None:
