@@ -10,9 +10,11 @@ settings and holds the interpreter for seconds. It imports torch only.
 
 from __future__ import annotations
 
+import _ctypes
 import contextlib
 import ctypes
 import json
+import linecache
 import os
 import re
 import subprocess
@@ -21,7 +23,7 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib import util
 from pathlib import Path
 from typing import Any
@@ -53,6 +55,20 @@ def trace(function: Callable[..., Any], *inputs: Tensor) -> GraphModule:
     return make_fx(function, tracing_mode="real")(*inputs)
 
 
+@contextlib.contextmanager
+def sources_forgotten() -> Iterator[None]:
+    """Forget the sources of graphs that a block makes: torch keeps each for ever, for tracebacks."""
+    from torch.fx.graph_module import _loader
+
+    before = set(_loader.eval_cache)
+    try:
+        yield
+    finally:
+        for name in set(_loader.eval_cache) - before:
+            del _loader.eval_cache[name]
+            linecache.cache.pop(name, None)
+
+
 def untraced() -> contextlib.AbstractContextManager[Any]:
     """Inside a trace: compute with real values, out of sight of the trace."""
     from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
@@ -78,16 +94,17 @@ def simplified(graph: GraphModule) -> GraphModule:
 def without_python(graph: GraphModule, *inputs: Tensor) -> Callable[..., Any]:
     """Return the graph as a function that torch runs without the interpreter of Python, if it can.
 
-    TorchScript is on its way out of torch; where it is gone, the graph itself serves, at about half
-    the speed.
+    It is a function of TorchScript, which is on its way out of torch: where it is gone, the graph
+    itself serves, at half the speed. `torch.jit.trace` would keep each function for ever.
     """
+    private: Any = torch._C
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
-            made: Any = torch.jit.trace(
-                lambda *given: graph.forward(*given), inputs, check_trace=False
+            script, _ = private._create_graph_by_tracing(
+                lambda *given: graph.forward(*given), inputs, lambda value: "", True, False
             )
-            return made
+            return private._create_function_from_graph("step", script)
     except Exception:  # noqa: BLE001 - whatever it takes offence at
         return graph.forward
 
@@ -118,6 +135,7 @@ class Library:
             delete = self._library.ppl_models_delete
             for handle in getattr(self, "_handles", ()):
                 delete(ctypes.c_void_p(handle))
+            _ctypes.dlclose(self._library._handle)
 
     def run(
         self, index: Tensor | None, order: Tensor | None, rates: Tensor, lrs: Tensor

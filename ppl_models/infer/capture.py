@@ -21,15 +21,15 @@ from unittest.mock import patch
 
 import pyro
 import torch
-from pyro.distributions import constraints
 from pyro.infer import util as pyro_util
-from pyro.params.param_store import ParamStoreDict
 from pyro.poutine.indep_messenger import IndepMessenger
 from torch import Tensor
-from torch.distributions import Distribution, transform_to
+from torch.distributions import Distribution
 from torch.fx import GraphModule
 
 from ppl_models.infer import backend
+
+_jit: Any = torch.jit
 
 LONG = 1500  # nodes, above which a compiler takes minutes
 
@@ -66,7 +66,8 @@ class Graph:
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Evaluate it: the bound, and the gradient of each leaf that has one."""
-        with torch.no_grad():
+        # TorchScript's own optimisations join matrix products, which changes their rounding.
+        with torch.no_grad(), _jit.optimized_execution(False):
             return self.run(*self.tensors, *inputs)
 
 
@@ -85,10 +86,20 @@ def capture(
     Raises:
         Untraceable: If it does what depends on values, such as `if z > 0`.
     """
+    with backend.sources_forgotten():
+        return _capture(evaluate, leaves, *inputs)
+
+
+def _capture(
+    evaluate: Callable[..., tuple[Tensor, list[Tensor | None]]],
+    leaves: Sequence[Tensor],
+    *inputs: Tensor,
+) -> Graph:
     present: list[int] = []
 
     def flat(*values: Tensor) -> tuple[Tensor, ...]:
-        bound, gradients = evaluate(*values)
+        with _written_back():
+            bound, gradients = evaluate(*values)
         present.extend(i for i, gradient in enumerate(gradients) if gradient is not None)
         return bound, *(gradient for gradient in gradients if gradient is not None)
 
@@ -281,7 +292,8 @@ def _recordable() -> Iterator[None]:
         stack.enter_context(patch.object(Tensor, "item", _item))
         stack.enter_context(patch.object(Distribution, "__init__", _unvalidated))
         stack.enter_context(patch.object(IndepMessenger, "__iter__", _sequential))
-        stack.enter_context(patch.object(ParamStoreDict, "__setitem__", _rebind))
+        for name in ("tolist", "numpy", "__array__"):
+            stack.enter_context(patch.object(Tensor, name, _by_value))
         stack.enter_context(patch.object(pyro_util, "torch", _TorchOfDice()))
         stack.enter_context(patch.object(Tensor, "masked_select", _masked))
         yield
@@ -301,7 +313,6 @@ _NEUTRAL: dict[str, Callable[..., Any]] = {
 
 _init = Distribution.__init__
 _iterate = IndepMessenger.__iter__
-_set = ParamStoreDict.__setitem__
 
 
 def _unvalidated(
@@ -329,14 +340,29 @@ def _sequential(self: Any) -> Iterator[Any]:
             yield row
 
 
-def _rebind(self: ParamStoreDict, name: str, value: Tensor) -> None:
-    """Write into a parameter that exists: rebound, the graph would go on reading the old one."""
-    if name not in self._params:
-        _set(self, name, value)
-        return
-    constraint = self._constraints.get(name, constraints.real)
-    with torch.no_grad():
-        self._params[name].copy_(transform_to(constraint).inv(value.detach()))
+def _by_value(value: Tensor, *rest: Any, **options: Any) -> Any:
+    """Refuse what reads memory: the graph would go on using what was read."""
+    raise RuntimeError("a value out of a tracing tensor")
+
+
+@contextmanager
+def _written_back() -> Iterator[None]:
+    """Write into parameters what a block puts in their places: the graph goes on reading them."""
+    store: Any = pyro.get_param_store()
+    before = dict(store._params)
+    yield
+    for name, value in list(store._params.items()):
+        if name not in before:
+            raise Untraceable(
+                f"pyro.param '{name}' is made by a step itself; make it before the training, by "
+                "an evaluation of the objective"
+            )
+        old = before[name]
+        if value is not old:
+            with torch.no_grad():
+                old.copy_(value.detach())
+            store._param_to_name.pop(value)
+            store._params[name], store._param_to_name[old] = old, name
 
 
 def _masked(value: Tensor, mask: Tensor) -> Tensor:

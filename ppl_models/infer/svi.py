@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -208,7 +209,7 @@ def fit(
         total = epochs * in_epoch if epochs is not None else steps or 1000
         label = progress if isinstance(progress, str) else "fit"
         show = True if isinstance(progress, str) else progress
-        bounds: list[float] = []
+        bounds = array("d")
         order: Tensor | None = None
         start = time.perf_counter()
         with (
@@ -240,7 +241,7 @@ def fit(
                     chunk = order[place * rows :]
                 count = 1 if callbacks else min(left, total - taken, taking.most(here))
                 with _named_step(taken + 1):
-                    bounds += taking.take(chunk, here, count)
+                    bounds.extend(taking.take(chunk, here, count))
                 speed = len(bounds) * rows / (time.perf_counter() - start)
                 status = f"bound {bounds[-1]:.4g} nats/row, {speed:,.0f} rows/s, {taking.rung}"
                 bar(len(bounds), status)
