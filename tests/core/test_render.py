@@ -272,14 +272,14 @@ def test_what_an_earlier_module_left_in_the_store_stays_out_of_this_one() -> Non
     class Model(pyro.nn.PyroModule):
         def __init__(self, width: int) -> None:
             super().__init__("same")
-            self.layer = nn.Linear(width, 2)
+            self.weight = nn.Parameter(torch.randn(width, 2))
 
         def forward(self, x: Tensor) -> None:
             with pyro.plate("data", len(x)):
-                pyro.sample("x", dist.Normal(self.layer(x), 1.0).to_event(1))
+                pyro.sample("x", dist.Normal(x @ self.weight, 1.0).to_event(1))
 
     with pyro.poutine.trace():
-        Model(5)(torch.randn(6, 5))  # its weights, of another width, are under the same names
+        Model(5)(torch.randn(6, 5))  # its weight, of another width, is under the same name
     before = dict(pyro.get_param_store().items())
     graph = graph_of(Model(2), torch.randn(6, 2))
     assert set(graph.edges) == {("x (given)", "x")}
