@@ -262,7 +262,7 @@ class _Compiler:
         process, self._process = self._process, None
         if process is not None:
             process.kill()
-            process.wait()
+            process.communicate()  # waits for it, and closes what led to it
 
     def _work(self) -> None:
         while True:
