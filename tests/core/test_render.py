@@ -186,7 +186,7 @@ def test_twenty_nodes_keep_apart_and_each_is_in_its_own_plates_alone() -> None:
             w = pyro.sample("w", dist.Normal(h[0], h[1].exp()))
         with pyro.plate("data", len(x), dim=-2):
             z = [pyro.sample(f"z{i}", dist.Normal(h[i % 4], 1.0)) for i in range(8)]
-            u = [pyro.sample(f"u{i}", dist.Normal(z[i] + z[i + 1], 1.0)) for i in range(6)]
+            u = [pyro.sample(f"u{i}", dist.Normal(z[i] + z[i * i % 8], 1.0)) for i in range(6)]
             with features:
                 pyro.sample("x", dist.Normal(w * u[0] + u[5] + h[3], 1.0), obs=x)
 
@@ -272,7 +272,7 @@ def test_what_an_earlier_module_left_in_the_store_stays_out_of_this_one() -> Non
     class Model(pyro.nn.PyroModule):
         def __init__(self, width: int) -> None:
             super().__init__("same")
-            self.weight = nn.Parameter(torch.randn(width, 2))
+            self.weight = pyro.nn.PyroParam(torch.randn(width, 2))
 
         def forward(self, x: Tensor) -> None:
             with pyro.plate("data", len(x)):
