@@ -40,6 +40,7 @@ from ppl_models.evaluate.pictures import (
 from ppl_models.infer import NUTS, Fit
 from ppl_models.infer import fit as train
 from ppl_models.infer import sample as sample_posterior
+from ppl_models.infer.step import Compile
 from ppl_models.runs import Run, load_run, save_run
 
 app = typer.Typer(
@@ -74,6 +75,19 @@ class Binarization(StrEnum):
     THRESHOLD = "threshold"
     STATIC = "static"
     DYNAMIC = "dynamic"
+
+
+class CompileChoice(StrEnum):
+    """Values of --compile."""
+
+    AUTO = "auto"
+    NOW = "now"
+    OFF = "off"
+
+    @property
+    def mode(self) -> Compile:
+        """What `fit` calls it."""
+        return "now" if self is CompileChoice.NOW else self is CompileChoice.AUTO
 
 
 Model = Annotated[str, typer.Argument(help="A model by name, as `ppl-models models` lists them.")]
@@ -151,6 +165,15 @@ BatchSize = Annotated[
     int, typer.Option(help="Rows in a training step. Such as --batch-size 100.", min=1)
 ]
 LearningRate = Annotated[float, typer.Option(help="Learning rate of Adam. Such as --lr 1e-3.")]
+Compiling = Annotated[
+    CompileChoice,
+    typer.Option(
+        "--compile",
+        help="Whether training runs as recorded and compiled graphs: auto, where they pay; now, "
+        "compiled from the start, which first waits for the compiler; off, the Pyro programs "
+        "themselves. Such as --compile now.",
+    ),
+]
 Particles = Annotated[
     int, typer.Option(help="Draws a row for log p(x). Such as --particles 5000.", min=2)
 ]
@@ -242,6 +265,7 @@ def fit(
     seed: Seed = 0,
     device: Device = None,
     threads: Threads = 1,
+    compile: Compiling = CompileChoice.AUTO,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -285,6 +309,7 @@ def fit(
         lr=lr,
         seed=seed,
         device=device,
+        compile=compile.mode,
     )
     save_run(out, result, info={"model": model, "guide": guide, **source.info(rows)})
     for name in PICTURES:  # those of a run that was here before
@@ -298,6 +323,7 @@ def fit(
         "steps": result.steps,
         "epochs": result.epochs,
         "seconds": result.seconds,
+        "compiled": result.compiled,
         "interrupted": result.interrupted,
         "bound_last_epoch": _last_bound(result),
     }
@@ -511,6 +537,7 @@ def compare(
     seed: Seed = 0,
     device: Device = None,
     threads: Threads = 1,
+    compile: Compiling = CompileChoice.AUTO,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -550,6 +577,7 @@ def compare(
         seed=seed,
         device=device,
         reference=NUTS() if reference else None,
+        compile=compile.mode,
     )
     _print_card(card, as_json)
     if folder is not None:

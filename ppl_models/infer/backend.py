@@ -33,7 +33,6 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 TESTED = ("2.13",)  # torch versions on which the compiled step is tested
-FORMAT = 1  # of the shared object: a change of the loop below makes older artefacts useless
 
 
 class Unsupported(Exception):
@@ -76,21 +75,6 @@ def untraced() -> contextlib.AbstractContextManager[Any]:
     return disable_proxy_modes_tracing()
 
 
-def simplified(graph: GraphModule) -> GraphModule:
-    """Compute nothing twice and nothing for nothing; the values stay the same to the last bit."""
-    from torch._functorch.compile_utils import fx_graph_cse
-
-    graph.graph.eliminate_dead_code()
-    made = GraphModule(graph, fx_graph_cse(graph.graph))
-    for node in list(made.graph.nodes):
-        if node.target is torch.ops.aten.detach.default:
-            node.replace_all_uses_with(node.args[0])
-            made.graph.erase_node(node)
-    made.graph.eliminate_dead_code()
-    made.recompile()
-    return made
-
-
 def without_python(graph: GraphModule, *inputs: Tensor) -> Callable[..., Any]:
     """Return the graph as a function that torch runs without the interpreter of Python, if it can.
 
@@ -98,15 +82,23 @@ def without_python(graph: GraphModule, *inputs: Tensor) -> Callable[..., Any]:
     itself serves, at half the speed. `torch.jit.trace` would keep each function for ever.
     """
     private: Any = torch._C
+    optimized_execution: Any = vars(torch.jit).get("optimized_execution", contextlib.nullcontext)
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             script, _ = private._create_graph_by_tracing(
                 lambda *given: graph.forward(*given), inputs, lambda value: "", True, False
             )
-            return private._create_function_from_graph("step", script)
+            function = private._create_function_from_graph("step", script)
     except Exception:  # noqa: BLE001 - whatever it takes offence at
         return graph.forward
+
+    def run(*given: Tensor) -> Any:
+        # TorchScript's own optimisations join matrix products, which changes their rounding.
+        with optimized_execution(False):
+            return function(*given)
+
+    return run
 
 
 class Library:
@@ -319,6 +311,7 @@ def _lower(job: dict[str, Any]) -> str:
         caught.append((wrapper, kernels))
         return "caught"
 
+    _draw_as_torch_does(graph)
     _call_operators_by_dispatcher()
     _linear_of_anything()
     codecache.AotCodeCompiler.compile = classmethod(catch)  # pyright: ignore[reportAttributeAccessIssue]
@@ -344,14 +337,30 @@ def _lower(job: dict[str, Any]) -> str:
     return _standalone(*caught[0])
 
 
+def _draws(operator: Any) -> bool:
+    return torch.Tag.nondeterministic_seeded in getattr(operator, "tags", ())
+
+
 def _decompositions() -> dict[Any, Any]:
     """What is taken apart before it is compiled: no draws, whose parts would draw otherwise."""
     from torch._inductor.decomposition import select_decomp_table
 
-    def draws(operator: Any) -> bool:
-        return torch.Tag.nondeterministic_seeded in getattr(operator, "tags", ())
+    return {op: parts for op, parts in select_decomp_table().items() if not _draws(op)}
 
-    return {op: parts for op, parts in select_decomp_table().items() if not draws(op)}
+
+def _draw_as_torch_does(graph: GraphModule) -> None:
+    """Have each draw made by torch, by a call that returns it.
+
+    Inductor's own way for `bernoulli` draws in place, and then reads the place too early.
+    """
+    from torch._inductor import lowering
+
+    aten: Any = torch.ops.aten
+    fine = {aten.normal_functional.default, aten.randn.default, aten.rand.default}
+    for node in graph.graph.nodes:
+        if node.op == "call_function" and _draws(node.target) and node.target not in fine:
+            own: Any = lowering.fallback_handler(node.target, add_to_fallback_set=False)
+            lowering.lowerings[node.target] = own
 
 
 def _route_products(graph: GraphModule, choices: Path) -> None:
@@ -459,7 +468,7 @@ def _call_operators_by_dispatcher() -> None:
             raise Unsupported(f"operator {op} cannot be called from compiled code")
         if any(out is not None and not isinstance(out, str) for out in output_args):
             raise Unsupported(f"operator {op} returns lists of tensors")
-        if self._compatible_with_stableivalue(op):
+        if _is_plain(self, op, raw_args):
             self.generate_fallback_kernel_with_runtime_lookup_nopython(
                 self._get_args, op, output_args, outputs
             )
@@ -473,6 +482,20 @@ def _call_operators_by_dispatcher() -> None:
     patched: Any = CppWrapperCpu
     patched.generate_fallback_kernel_with_runtime_lookup = lookup
     patched.generate_fallback_kernel_with_runtime_lookup_aot = call
+
+
+def _is_plain(wrapper: Any, op: Any, values: Sequence[Any]) -> bool:
+    """Whether a call needs no header of ATen's, which take seconds to read."""
+    if wrapper._compatible_with_stableivalue(op):
+        return True
+    named = zip(op._schema.arguments, values, strict=False)
+    absent = {a.name for a, value in named if value is None and "Generator" in str(a.type)}
+    plain = (torch.BoolType, torch.FloatType, torch.IntType, torch.TensorType)
+    return (
+        bool(absent)
+        and all(a.name in absent or isinstance(a.type, plain) for a in op._schema.arguments)
+        and all(isinstance(r.type, torch.TensorType) for r in op._schema.returns)
+    )
 
 
 def _standalone(wrapper: str, kernels: str) -> str:

@@ -29,8 +29,6 @@ from torch.fx import GraphModule
 
 from ppl_models.infer import backend
 
-_jit: Any = torch.jit
-
 LONG = 1500  # nodes, above which a compiler takes minutes
 
 
@@ -66,8 +64,7 @@ class Graph:
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Evaluate it: the bound, and the gradient of each leaf that has one."""
-        # TorchScript's own optimisations join matrix products, which changes their rounding.
-        with torch.no_grad(), _jit.optimized_execution(False):
+        with torch.no_grad():
             return self.run(*self.tensors, *inputs)
 
 

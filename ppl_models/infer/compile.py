@@ -94,7 +94,6 @@ class Plan:
     def job(self) -> dict[str, Any]:
         """Describe it for the process of the compiler."""
         return self.layout | {
-            "format": backend.FORMAT,
             "code": self.graph.module.code,
             "inputs": [
                 [
@@ -181,8 +180,15 @@ def _say(line: str) -> None:
 
 
 def _key(job: str) -> str:
-    told = (job, torch.__version__, torch.__config__.show(), _processor(), _compiler_version())
+    told = (job, _own_code(), torch.__version__, _processor(), _compiler_version())
     return hashlib.sha256("\0".join(told).encode()).hexdigest()[:32]
+
+
+@functools.cache
+def _own_code() -> str:
+    """What turns a graph into machine code: a later version of it finds nothing of an earlier one."""
+    own = (Path(backend.__file__), Path(backend.__file__).with_name("updates.py"))
+    return "".join(path.read_text() for path in own)
 
 
 @functools.cache

@@ -9,6 +9,7 @@ from typing import Any
 
 import pyro
 import torch
+from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
 _PLAIN = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
@@ -64,7 +65,11 @@ def _facts(value: Any, name: str, depth: int, seen: set[int]) -> Iterator[tuple[
     if depth == 0 or id(value) in seen or isinstance(value, types.ModuleType | type):
         return
     seen.add(id(value))
-    if isinstance(value, dict):
+    if isinstance(value, Messenger):
+        # A plate of Pyro's, which guides make anew: what it is, not what it has drawn.
+        for key in ("name", "size", "subsample_size", "dim"):
+            yield f"{name}.{key}", repr(getattr(value, key, None))
+    elif isinstance(value, dict):
         for key, item in list(value.items()):
             yield from _facts(item, f"{name}[{key!r}]", depth - 1, seen)
     elif isinstance(value, list | tuple | set | frozenset):

@@ -32,7 +32,7 @@ from ppl_models.infer.guards import difference, fingerprint
 Compile = bool | Literal["now"]
 
 RECORDING = 150  # steps of a program that recording it costs
-RETRACES = 4  # kinds of steps, after which changing numbers of Python are no exception
+RETRACES = 5  # kinds of steps, after which changing numbers of Python are no exception
 
 
 @dataclass(frozen=True)
@@ -84,10 +84,10 @@ class Evaluation:
     def _evaluate(self, part: Batch) -> tuple[Tensor, list[Tensor | None]]:
         if not isinstance(self.objective, PyroELBO):
             surrogate, bound = self.objective(self.model, self.guide, *part)
-            loss = -surrogate / self.size
-            return bound.detach() / self.size, list(
-                torch.autograd.grad(loss, self.leaves, allow_unused=True)
-            )
+            trained = [leaf for leaf in self.leaves if leaf.requires_grad]
+            found = torch.autograd.grad(-surrogate / self.size, trained, allow_unused=True)
+            by_leaf = dict(zip(map(id, trained), found, strict=True))
+            return bound.detach() / self.size, [by_leaf.get(id(leaf)) for leaf in self.leaves]
         for leaf in self.leaves:
             leaf.grad = None
         elbo: Any = self.objective
@@ -237,11 +237,15 @@ class Steps:
         text = used[0]
         if text == "compiled":
             text += f" from step {(self._takeover or 0) + 1} (torch {torch.__version__})"
-        elif len(used) > 1:
-            text += f" (vanilla step: {self._used['vanilla step']} of {self.taken})"
+        elif len(used) > 1 and (others := self._used["vanilla step"] - 1):  # the first one is
+            text += f" (vanilla step: {others} of {self.taken})"
         return "; ".join((text, *self._reasons))
 
     def _rung(self, order: Tensor | None, rows: int | None) -> _Rung:
+        if self.taken == 0:
+            return _Rung()  # the first run of a program may make what later ones use
+        if self.taken == 1:
+            self.look()
         key = (self._version, rows)
         if key not in self._rungs:
             self._rungs[key] = self._record(order, rows)
