@@ -180,7 +180,8 @@ class Blocks:
 
     def settle(self) -> None:
         """Tell the optimiser's own counters of the steps taken here, before others take one."""
-        for group in self._optimizer.param_groups:
+        groups = self._optimizer.param_groups if self._ahead else []
+        for group in groups:
             for parameter in group["params"]:
                 state = self._optimizer.state.get(parameter)
                 if state and "step" in state:

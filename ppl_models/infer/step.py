@@ -134,6 +134,7 @@ class Steps:
         rows: Rows of a step, but for the last one of an epoch; None if it takes all rows.
         total: Steps that are planned.
         compile: Whether to leave the bottom rung; "now" waits for the compiler at the first step.
+        wait: Called over and over while the compiler is waited for; False if that is to end.
 
     Attributes:
         taken: Steps taken.
@@ -150,8 +151,10 @@ class Steps:
         rows: int | None,
         total: int,
         compile: Compile,
+        wait: Callable[[], bool],
     ) -> None:
         self.taken = 0
+        self._wait = wait
         self._rows = rows
         self._in_epoch = 1 if rows is None else -(-evaluate.size // rows)
         self._evaluate = evaluate
@@ -350,6 +353,9 @@ class Steps:
                 rung.built = compile.compiled(rung.plan)
             if self.taken < self._takeover or rung.built is None:
                 return False
+            while not rung.built.done():
+                if not self._wait():
+                    return False  # the training is to end: this step is not what ends it
             rung.loaded = self._blocks.load(rung.plan, rung.built.result(), rung.index)
         except backend.Unsupported as error:
             rung.compiles = False

@@ -217,6 +217,11 @@ def fit(
             progress_bar(total, label, show) as bar,
             _interruptible() as interrupted,
         ):
+
+            def wait() -> bool:
+                bar(len(bounds), "waiting for the compiler")
+                return not interrupted.wait(0.02)
+
             taking = Steps(
                 evaluate,
                 batch,
@@ -225,12 +230,14 @@ def fit(
                 rows=rows if rows < size else None,
                 total=total,
                 compile=compile,
+                wait=wait,
             )
             while (taken := len(bounds)) < total and not interrupted.is_set():
                 place = taken % in_epoch
                 if place == 0:
                     if drawn:
-                        taking.renew()
+                        with _named_step(taken):
+                            taking.renew()
                     for value, probabilities in drawn:
                         value.copy_(torch.bernoulli(probabilities))
                     order = torch.randperm(size).to(batch[0].device) if rows < size else None
@@ -249,8 +256,10 @@ def fit(
                     if callback(len(bounds), bounds[-1]) is True:
                         interrupted.set()
                 if callbacks:
-                    taking.look()
-            taking.renew()
+                    with _named_step(len(bounds)):
+                        taking.look()
+            with _named_step(len(bounds)):
+                taking.renew()
         return Fit(
             model=model,
             guide=guide,

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from functools import partial
 from typing import Any
 
@@ -155,6 +158,31 @@ def test_a_step_that_is_not_finite_leaves_the_parameters_from_before_it(
     assert number > 50
     assert_close(model.left, again.left, rtol=1e-9, atol=1e-12)
     assert model.left.grad is None
+
+
+def test_a_gradient_that_fails_at_the_last_step_is_told_though_no_bound_shows_it() -> None:
+    numbers = []
+    for mode in (False, "now"):
+        with pytest.raises(FloatingPointError, match=r"fit: at step \d+") as caught:
+            fit(Failing(True), _guide, steps=500, lr=0.05, optimizer=torch.optim.SGD, compile=mode)
+        numbers.append(int(str(caught.value).split("at step ")[1].split()[0]))
+    last = numbers[0]
+    model = Failing(True)
+    with pytest.raises(FloatingPointError, match=rf"fit: at step {last} "):
+        fit(model, _guide, steps=last, lr=0.05, optimizer=torch.optim.SGD, compile="now")
+    assert numbers == [last, last]
+    assert torch.isfinite(model.left)
+
+
+def test_ctrl_c_ends_the_wait_for_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    never: Future[Any] = Future()
+    monkeypatch.setattr(compile, "compiled", lambda plan: never)
+    timer = threading.Timer(1.0, lambda: signal.raise_signal(signal.SIGINT))
+    timer.start()
+    result, _ = trained(compile="now")
+    timer.join()
+    assert result.interrupted
+    assert result.steps == 2
 
 
 def test_the_optimiser_counts_compiled_steps() -> None:
