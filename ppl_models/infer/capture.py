@@ -309,7 +309,6 @@ _NEUTRAL: dict[str, Callable[..., Any]] = {
 }
 
 _init = Distribution.__init__
-_iterate = IndepMessenger.__iter__
 
 
 def _unvalidated(
