@@ -33,6 +33,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 TESTED = ("2.13",)  # torch versions on which the compiled step is tested
+SHORT = 24  # terms of a sum, and rows and columns, up to which a product is written out
 
 
 class Unsupported(Exception):
@@ -345,7 +346,24 @@ def _decompositions() -> dict[Any, Any]:
     """What is taken apart before it is compiled: no draws, whose parts would draw otherwise."""
     from torch._inductor.decomposition import select_decomp_table
 
-    return {op: parts for op, parts in select_decomp_table().items() if not _draws(op)}
+    aten: Any = torch.ops.aten
+    parts = {op: parts for op, parts in select_decomp_table().items() if not _draws(op)}
+    return parts | {aten.mm.default: _short_product, aten.addmm.default: _short_sum}
+
+
+def _short_product(one: Tensor, other: Tensor) -> Any:
+    """Write a short product out: a loop among loops, where a call would cost more than the work."""
+    (rows, inner), columns = one.shape, other.shape[1]
+    if inner > SHORT or rows * inner * columns > SHORT**3:
+        return NotImplemented
+    return (one.unsqueeze(2) * other.unsqueeze(0)).sum(1)
+
+
+def _short_sum(bias: Tensor, one: Tensor, other: Tensor, *, beta: Any = 1, alpha: Any = 1) -> Any:
+    product = _short_product(one, other)
+    if product is NotImplemented or (beta, alpha) != (1, 1):
+        return NotImplemented
+    return product + bias
 
 
 def _draw_as_torch_does(graph: GraphModule) -> None:
@@ -380,8 +398,9 @@ def _route_products(graph: GraphModule, choices: Path) -> None:
         is_plain = not node.kwargs and (bias is None or bias.meta["val"].ndim == 1)
         if not is_plain or any(value.dtype != torch.float32 for value in values):
             continue
-        if values[0].shape[0] * values[0].shape[1] * values[1].shape[1] < 2**16:
-            continue  # a call costs more than the product
+        work = values[0].shape[0] * values[0].shape[1] * values[1].shape[1]
+        if work < 2**16:
+            continue  # too short to be timed
         shapes = "; ".join(f"{tuple(v.shape)} {v.stride()}" for v in values)
         key = f"{shapes}; bias {bias is not None}; threads {torch.get_num_threads()}"
         if key not in known:
