@@ -289,7 +289,7 @@ def _check(plan: Plan, path: Path | None, index: Tensor | None) -> None:
         at += 1 + len(own)
     if plan.per_member == 2:  # where a second moment is nearly 0, rounding is made large
         squares = [start[i] for i, role in roles.items() if role == 1]
-        floor = max((float(value.max()) for value in squares), default=0.0) + 1e-8
+        floor = max((_size(value) for value in squares), default=0.0) + 1e-8
         for value in squares:
             value.add_(floor)
     compiled, graph = ([_copy(value) for value in start] for _ in range(2))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 import types
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pyro
 import torch
 from pyro.poutine.messenger import Messenger
@@ -52,7 +54,11 @@ def difference(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
     return [name for name in names if one.get(name, _ABSENT) != other.get(name, _ABSENT)]
 
 
-_ABSENT = object()
+class _Absent:
+    pass
+
+
+_ABSENT = _Absent
 
 
 def _facts(value: Any, name: str, depth: int, seen: set[int]) -> Iterator[tuple[str, Any]]:
@@ -62,7 +68,12 @@ def _facts(value: Any, name: str, depth: int, seen: set[int]) -> Iterator[tuple[
     if isinstance(value, Tensor):
         yield name, _identity(value)
         return
-    if depth == 0 or id(value) in seen or isinstance(value, types.ModuleType | type):
+    if value is _ABSENT:
+        return
+    if isinstance(value, np.ndarray):
+        yield name, (value.shape, str(value.dtype), hash(value.tobytes()))
+        return
+    if depth == 0 or id(value) in seen or isinstance(value, types.ModuleType):
         return
     seen.add(id(value))
     if isinstance(value, Messenger):
@@ -76,6 +87,8 @@ def _facts(value: Any, name: str, depth: int, seen: set[int]) -> Iterator[tuple[
         yield f"{name}: length", len(value)
         for place, item in enumerate(value):
             yield from _facts(item, f"{name}[{place}]", depth - 1, seen)
+    elif isinstance(value, type):
+        yield from _class_facts(value, name, depth, seen)
     elif isinstance(value, nn.Module):
         for path, module in value.named_modules(remove_duplicate=False):
             yield from _module_facts(module, f"{name}.{path}" if path else name, depth, seen)
@@ -91,6 +104,30 @@ def _facts(value: Any, name: str, depth: int, seen: set[int]) -> Iterator[tuple[
     elif hasattr(value, "__dict__"):
         for key, item in list(vars(value).items()):
             yield from _facts(item, f"{name}.{key}", depth - 1, seen)
+        yield from _facts(type(value), f"{name}.{type(value).__name__}", depth, seen)
+
+
+def _class_facts(kind: type, name: str, depth: int, seen: set[int]) -> Iterator[tuple[str, Any]]:
+    """What a class of the user's holds, and what its methods refer to."""
+    for owner in kind.__mro__:
+        if _of_a_library(owner):
+            continue
+        for key, item in list(vars(owner).items()):
+            if isinstance(item, types.FunctionType) or (
+                not key.startswith("_") and not callable(item)
+            ):
+                yield from _facts(item, f"{name}.{key}", depth - 1, seen)
+
+
+def _of_a_library(value: Any) -> bool:
+    """Whether code comes with a library, which does not change while it trains."""
+    return str(getattr(value, "__module__", "")).partition(".")[0] in _LIBRARIES
+
+
+_LIBRARIES = {
+    *("torch", "pyro", "ppl_models", "guides", "zuko", "numpy", "scipy"),
+    *sys.stdlib_module_names,
+} - {"__main__"}
 
 
 def _module_facts(
@@ -106,6 +143,7 @@ def _module_facts(
         if key.startswith("_") or isinstance(value, nn.Module) or key == "training":
             continue
         yield from _facts(value, f"{name}.{key}", depth - 1, seen)
+    yield from _facts(type(module), name, depth, seen)
 
 
 def _function_facts(
@@ -121,9 +159,19 @@ def _function_facts(
         except ValueError:
             continue  # not filled yet
         yield from _facts(value, f"{name}: {key}", depth - 1, seen)
+    if _of_a_library(function):
+        return
     for key in function.__code__.co_names:
-        if key in function.__globals__:
-            yield from _facts(function.__globals__[key], f"{name}: {key}", depth - 1, seen)
+        value = function.__globals__.get(key, _ABSENT)
+        if (
+            isinstance(value, types.ModuleType)
+            and value.__name__.partition(".")[0] not in _LIBRARIES
+        ):
+            for attribute in function.__code__.co_names:
+                item = vars(value).get(attribute, _ABSENT)
+                yield from _facts(item, f"{name}: {key}.{attribute}", depth - 1, seen)
+        elif value is not _ABSENT:
+            yield from _facts(value, f"{name}: {key}", depth - 1, seen)
 
 
 def _identity(value: Tensor) -> tuple[Any, ...]:

@@ -240,7 +240,8 @@ class Steps:
         text = used[0]
         if text == "compiled":
             text += f" from step {(self._takeover or 0) + 1} (torch {torch.__version__})"
-        elif len(used) > 1 and (others := self._used["vanilla step"] - 1):  # the first one is
+        others = self._used["vanilla step"] - 1  # the first one is
+        if len(used) > 1 and others > 0:
             text += f" (vanilla step: {others} of {self.taken})"
         return "; ".join((text, *self._reasons))
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+import types
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pyro
 import pytest
 import torch
@@ -99,6 +102,57 @@ def test_functions_are_known_by_what_they_close_over_and_by_globals_that_they_na
     between = fingerprint(outer)
     table["a"] = torch.zeros(2)
     assert difference(between, fingerprint(outer)) == ["outer: inner: table['a']"]
+
+
+FACTOR = 1.0
+
+
+class Settings:
+    rate = 1.0
+
+
+class Modular(nn.Module):
+    width = 2
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.helper(x)
+
+    def helper(self, x: torch.Tensor) -> torch.Tensor:
+        return FACTOR * Settings.rate * sizes.SCALE * x
+
+
+sizes = types.ModuleType("sizes_of_a_user")
+vars(sizes)["SCALE"] = 1.0
+
+
+@pytest.mark.parametrize(
+    ("holder", "name", "told"),
+    [
+        (sys.modules[__name__], "FACTOR", "Modular.helper: FACTOR"),
+        (Settings, "rate", "Modular.helper: Settings.rate"),
+        (sizes, "SCALE", "Modular.helper: sizes.SCALE"),
+        (Modular, "width", "Modular.width"),
+    ],
+)
+def test_what_methods_of_a_module_refer_to_is_looked_after(
+    holder: Any, name: str, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = Modular()
+    before = fingerprint(module)
+    assert fingerprint(module) == before
+    monkeypatch.setattr(holder, name, 3.0)
+    assert difference(before, fingerprint(module)) == [told]
+
+
+def test_arrays_are_known_by_what_they_hold() -> None:
+    weights = np.ones(3)
+
+    def model(x: torch.Tensor) -> torch.Tensor:
+        return x * float(weights[0])
+
+    before = fingerprint(model)
+    weights[0] = 2.0
+    assert difference(before, fingerprint(model)) == ["model: weights"]
 
 
 def test_entries_of_the_parameter_store_are_known_by_identity() -> None:
