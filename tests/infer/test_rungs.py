@@ -588,7 +588,7 @@ COMPILED: dict[str, tuple[Case, Callable[..., Any]]] = {
         _whole("a mixture, enumerated in the model"),
         partial(torch.optim.SGD, momentum=0.9),
     ),
-    "batch norm, SGD": (_whole("batch norm and dropout"), torch.optim.SGD),
+    "batch norm, SGD": (_whole("batch norm and dropout"), partial(torch.optim.SGD, momentum=0.5)),
     "gamma, Adam": (_whole("a gamma latent"), torch.optim.Adam),
     "pyro.param, ClippedAdam": (_whole("functions with pyro.param, ELBO"), ClippedAdam),
     "pyro.param, RMSprop": (_whole("functions with pyro.param, ELBO"), torch.optim.RMSprop),
