@@ -37,7 +37,7 @@ def origin() -> dict[str, Any]:
     script = Path(sys.argv[0]).resolve().relative_to(Path(__file__).resolve().parents[1])
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     return {
-        "command": " ".join(["python", str(script), *sys.argv[1:]]),
+        "command": " ".join(["python", str(script), *map(_short, sys.argv[1:])]),
         "commit": _git("rev-parse", "--short", "HEAD")
         + (" with changes" if _git("status", "-s", "--", ":/", ":!/benchmarks/results") else ""),
         "date": datetime.now(UTC).date().isoformat(),
@@ -68,3 +68,9 @@ def _processor() -> str:
         return platform.processor()
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor()
+
+
+def _short(argument: str) -> str:
+    """Leave out where things lie on this machine: the last three parts of a path tell what it is."""
+    parts = Path(argument).parts
+    return "/".join(parts[-3:]) if argument.startswith("/") and len(parts) > 3 else argument
