@@ -40,7 +40,10 @@ def fingerprint(*programs: Any) -> dict[str, Any]:
     seen: set[int] = set()
     for program in programs:
         for name, value in _facts(program, _label(program), _DEPTH, seen):
-            found[name] = value
+            own = name
+            while own in found:  # of another program, or of a class and of its instance
+                own += "'"
+            found[own] = value
     store = pyro.get_param_store()
     for name, value in store.named_parameters():
         found[f"pyro.param '{name}'"] = _identity(value)

@@ -144,6 +144,14 @@ def test_what_methods_of_a_module_refer_to_is_looked_after(
     assert difference(before, fingerprint(module)) == [told]
 
 
+def test_an_attribute_hides_that_of_its_class_from_the_program_not_from_its_guard() -> None:
+    module = Modular()
+    module.width = 2
+    before = fingerprint(module, module)
+    module.width = 5
+    assert difference(before, fingerprint(module, module)) == ["Modular.width"]
+
+
 def test_arrays_are_known_by_what_they_hold() -> None:
     weights = np.ones(3)
 
