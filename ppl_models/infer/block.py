@@ -71,6 +71,7 @@ class Blocks:
         self._speed = 0.0  # seconds a step
         self._checkpoint: _Checkpoint | None = None
         self._changing: dict[int, Tensor] = {}  # by address: whatever a loaded step changes
+        self._compiled_state: list[tuple[Tensor, str, Tensor]] = []
         told = updates.options_of(optimizer)
         self.reason = told if isinstance(told, str) else None
         self._kind, self._options = (None, []) if isinstance(told, str) else told
@@ -81,6 +82,25 @@ class Blocks:
         if self._kind is None:
             return 1
         return max(1, min(10_000, int(BLOCK / self._speed))) if self._speed else 10
+
+    def ready(self, graph: Graph) -> bool:
+        """Whether the optimiser has made its state for each leaf that the graph has a gradient of."""
+        leaves = (self._leaves[i] for i in graph.leaves)
+        return all(self._optimizer.state.get(leaf) for leaf in leaves) or not self._names()
+
+    def moved(self) -> bool:
+        """Whether the optimiser is another one than was compiled: its options, or its state."""
+        if self._kind is None:
+            return False
+        told = updates.options_of(self._optimizer)
+        return told != (self._kind, self._options) or any(
+            self._optimizer.state.get(leaf, {}).get(name) is not tensor
+            for leaf, name, tensor in self._compiled_state
+        )
+
+    def _names(self) -> tuple[str, ...]:
+        momentum = any(options.get("momentum", 1.0) for options in self._options)
+        return updates.STATE[self._kind] if momentum and self._kind is not None else ()
 
     def plan(self, graph: Graph, index: Tensor | None, data: Batch) -> Plan:
         """Say what is to be compiled for a graph."""
@@ -94,14 +114,15 @@ class Blocks:
         where = {id(self._leaves[leaf]): number for number, leaf in enumerate(graph.leaves)}
         groups = self._optimizer.param_groups
         members = [[where[id(p)] for p in g["params"] if id(p) in where] for g in groups]
-        momentum = any(options.get("momentum", 1.0) for options in self._options)
-        names = updates.STATE[self._kind] if momentum else ()
+        names = self._names()
         states: list[Tensor] = [self._rates]
         for powers, group in zip(self._powers, members, strict=True):
             states.append(powers)
             for member in group:
-                state = self._optimizer.state[self._leaves[graph.leaves[member]]]
+                leaf = self._leaves[graph.leaves[member]]
+                state = self._optimizer.state.get(leaf, {})
                 states.extend(state[name] for name in names)
+                self._compiled_state += [(leaf, name, state[name]) for name in names]
         return Plan(graph, passed, self._kind, self._options, members, tuple(states), len(names))
 
     def load(self, plan: Plan, path: Path | None, index: Tensor | None) -> Loaded:
@@ -219,6 +240,8 @@ class Blocks:
             rates.append([float(group["lr"]) for group in groups])
             if schedule is not None:
                 schedule()
+                if self.moved():  # a schedule of more than the rate: the next step is another one
+                    break
         return torch.tensor(rates, dtype=torch.float64)
 
     def _here(self, now: float, taken: int) -> _Checkpoint:

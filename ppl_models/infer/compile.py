@@ -254,6 +254,7 @@ class _Compiler:
         self._queue: SimpleQueue[tuple[dict[str, Any], str, Future[Path | None]]] = SimpleQueue()
         self._pending: dict[str, Future[Path | None]] = {}
         self._process: subprocess.Popen[str] | None = None
+        self._owner = os.getpid()
         threading.Thread(target=self._work, daemon=True).start()
 
     def build(self, job: dict[str, Any], key: str) -> Future[Path | None]:
@@ -266,7 +267,7 @@ class _Compiler:
     def stop(self) -> None:
         """Let the process go; the next job starts another."""
         process, self._process = self._process, None
-        if process is not None:
+        if process is not None and self._owner == os.getpid():
             process.kill()
             process.communicate()  # waits for it, and closes what led to it
 
@@ -288,6 +289,7 @@ class _Compiler:
         token = secrets.token_hex(4)
         made, asked = (folder() / f".{key}-{token}.{kind}" for kind in ("so", "json"))
         try:
+            folder().mkdir(parents=True, exist_ok=True)  # it may have been deleted
             asked.write_text(json.dumps(job | {"out": str(made), "choices": str(_choices())}))
             if error := self._ask(asked):
                 raise backend.Unsupported(error)
@@ -326,3 +328,8 @@ def _compiler() -> _Compiler:
     made = _Compiler()
     atexit.register(made.stop)
     return made
+
+
+# A child of a fork has no thread that would serve it: it makes its own.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_compiler.cache_clear)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 import types
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
 _PLAIN = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
-_DEPTH = 4  # of containers, closures and objects that are looked into
+_DEPTH = 6  # of containers, closures and objects that are looked into
 
 
 def fingerprint(*programs: Any) -> dict[str, Any]:
@@ -76,6 +77,9 @@ def _facts(value: Any, name: str, depth: int, seen: set[int]) -> Iterator[tuple[
     if isinstance(value, np.ndarray):
         yield name, (value.shape, str(value.dtype), hash(value.tobytes()))
         return
+    if isinstance(value, itertools.count):
+        yield name, repr(value)
+        return
     if depth == 0 or id(value) in seen or isinstance(value, types.ModuleType):
         return
     seen.add(id(value))
@@ -110,6 +114,9 @@ def _facts(value: Any, name: str, depth: int, seen: set[int]) -> Iterator[tuple[
         yield from _facts(type(value), f"{name}.{type(value).__name__}", depth, seen)
 
 
+_OF_MODULES = {*vars(nn.Module()), "_given"}
+
+
 def _class_facts(kind: type, name: str, depth: int, seen: set[int]) -> Iterator[tuple[str, Any]]:
     """What a class of the user's holds, and what its methods refer to."""
     for owner in kind.__mro__:
@@ -142,8 +149,7 @@ def _module_facts(
             if value is not None:
                 yield f"{name}.{key}", _identity(value)
     for key, value in list(vars(module).items()):
-        # Names with an underscore are torch's and Pyro's own, what the user wrote aside.
-        if key.startswith("_") or isinstance(value, nn.Module) or key == "training":
+        if key in _OF_MODULES or key.startswith("_pyro") or isinstance(value, nn.Module):
             continue
         yield from _facts(value, f"{name}.{key}", depth - 1, seen)
     yield from _facts(type(module), name, depth, seen)

@@ -6,6 +6,7 @@ itself. Each has been checked against the one below it, with the same seed, befo
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pyro
 import torch
 from pyro.infer.elbo import ELBO as PyroELBO
@@ -164,6 +166,7 @@ class Steps:
         self._total = total
         self._compile = compile
         self._takeover: int | None = None
+        self._since = 0
         self._rungs: dict[Any, _Rung] = {}
         self._blocks: Blocks | None = None
         self._used = {"compiled": 0, "traced graph": 0, "vanilla step": 0}
@@ -213,7 +216,7 @@ class Steps:
         order = None if order is None or rows is None else order[: count * rows]
         rung = self._rung(order, rows)
         if not self._is_compiled(rung):
-            return [self._single(rung, order)]
+            return [self._single(rung, None if order is None else order[:rows])]
         assert rung.loaded is not None
         assert self._blocks is not None
         if rung.loaded.plan.kind is None:
@@ -239,7 +242,7 @@ class Steps:
             return "no step was taken"
         text = used[0]
         if text == "compiled":
-            text += f" from step {(self._takeover or 0) + 1} (torch {torch.__version__})"
+            text += f" from step {self._since} (torch {torch.__version__})"
         others = self._used["vanilla step"] - 1  # the first one is
         if len(used) > 1 and others > 0:
             text += f" (vanilla step: {others} of {self.taken})"
@@ -316,18 +319,29 @@ class Steps:
         inputs = self._data if index is None else (index, *self._data)
         with self._undone(), seeded(2):
             facts = fingerprint(*self._evaluate.programs)
+            others = _other_streams()
             try:
                 bound, gradients = evaluate(*inputs)
             except (ValueError, RuntimeError) as error:
                 raise Untraceable(f"a trial step failed ({str(error).splitlines()[0]})") from error
             changed = difference(facts, fingerprint(*self._evaluate.programs))
             changed = [name for name in changed if "__baseline" not in name]  # Pyro's averages
+            if _other_streams() != others:
+                raise Untraceable(
+                    "the program draws numbers by `random` or numpy, which a graph holds as "
+                    "constants; draw them by torch"
+                )
             if changed:
                 raise Untraceable(f"each run of the program changes {', '.join(changed[:3])}")
             expected = [bound, *(g for g in gradients if g is not None), torch.get_rng_state()]
             expected += [value.detach().clone() for value in _state(self._evaluate).values()]
         with self._undone(), seeded(2):
-            got = [*graph(*inputs), torch.get_rng_state()]
+            try:
+                got = [*graph(*inputs), torch.get_rng_state()]
+            except RuntimeError as error:
+                raise Untraceable(
+                    "a shape depends on values, or on which rows are drawn"
+                ) from error
             got += [value.detach().clone() for value in _state(self._evaluate).values()]
         if len(got) != len(expected) or not all(
             one.shape == other.shape and _close(one, other)
@@ -340,6 +354,15 @@ class Steps:
 
     def _is_compiled(self, rung: _Rung) -> bool:
         """Whether a step is compiled by now: from a fixed step on, for which it waits."""
+        if self._blocks is not None and self._blocks.moved():
+            self._blocks.check(self._alone)
+            self._blocks.settle()
+            self._blocks, self._takeover = None, None
+            self._reasons[
+                "options or state of the optimiser changed: it steps outside the graph"
+            ] = None
+            for other in self._rungs.values():
+                other.loaded, other.compiles = None, False
         if rung.loaded is not None:
             return True
         if not rung.compiles or rung.graph is None or self._takeover is None or not self.taken:
@@ -347,6 +370,8 @@ class Steps:
         try:
             if self._blocks is None:
                 self._blocks = Blocks(self._evaluate.leaves, self._optimizer)
+            if rung.plan is None and not self._blocks.ready(rung.graph):
+                return False
             if rung.plan is None:
                 rung.plan = self._blocks.plan(rung.graph, rung.index, self._data)
                 if reason := compile.refusal(rung.plan):
@@ -376,11 +401,12 @@ class Steps:
             self._blocks.check(self._alone)
             self._blocks.settle()
         if rung.graph is not None:
-            inputs = self._data if order is None else (order, *self._data)
-            bound, *found = rung.graph(*inputs)
-            gradients: list[Tensor | None] = [None] * len(self._evaluate.leaves)
-            for leaf, gradient in zip(rung.graph.leaves, found, strict=True):
-                gradients[leaf] = gradient
+            try:
+                bound, gradients = self._by_graph(rung.graph, order)
+            except RuntimeError:
+                rung.graph, rung.compiles = None, False
+                self._reasons["a shape depends on values, or on which rows are drawn"] = None
+                bound, gradients = self._evaluate(order, *self._data)
         else:
             bound, gradients = self._evaluate(order, *self._data)
         value = bound.item()
@@ -389,7 +415,16 @@ class Steps:
             self._count("traced graph" if rung.graph is not None else "vanilla step", 1)
         return value
 
+    def _by_graph(self, graph: Graph, order: Tensor | None) -> tuple[Tensor, list[Tensor | None]]:
+        bound, *found = graph(*(self._data if order is None else (order, *self._data)))
+        gradients: list[Tensor | None] = [None] * len(self._evaluate.leaves)
+        for leaf, gradient in zip(graph.leaves, found, strict=True):
+            gradients[leaf] = gradient
+        return bound, gradients
+
     def _count(self, rung: str, steps: int) -> None:
+        if rung == "compiled" and not self._used[rung]:
+            self._since = self.taken - steps + 1
         self.rung = rung
         self._used[rung] += steps
 
@@ -438,6 +473,12 @@ def _state(evaluate: Evaluation) -> dict[int, Tensor]:
     found = [tensor for m in modules for tensor in (*m.parameters(), *m.buffers())]
     found += [value for _, value in pyro.get_param_store().named_parameters()]
     return {id(value): value for value in found}
+
+
+def _other_streams() -> tuple[int, int]:
+    """Where the random numbers are that are no torch's."""
+    state: Any = np.random.get_state()  # noqa: NPY002 - the one that programs use without asking
+    return hash(random.getstate()), hash((state[1].tobytes(), *state[2:]))
 
 
 def _close(one: Tensor, other: Tensor) -> bool:

@@ -15,7 +15,7 @@ import pytest
 import torch
 from pyro.optim.clipped_adam import ClippedAdam
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import CosineAnnealingLR, ReduceLROnPlateau
+from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR, ReduceLROnPlateau
 from torch.testing import assert_close
 
 from guides import Amortized
@@ -277,3 +277,42 @@ def _fresh_folder() -> Iterator[None]:
     compile.folder.cache_clear()
     yield
     compile.folder.cache_clear()
+
+
+def test_a_schedule_of_more_than_the_rate_steps_outside_the_compiled_graph() -> None:
+    options = {"schedule": partial(OneCycleLR, max_lr=0.1, total_steps=80)}
+    compiled = trained(compile="now", **options)
+    assert "options or state of the optimiser changed" in compiled[0].compiled
+    assert_same(compiled, trained(compile=False, **options))
+
+
+def test_options_that_a_callback_changes_are_followed() -> None:
+    def run(mode: Any) -> tuple[Fit, list[Tensor]]:
+        made: list[torch.optim.Optimizer] = []
+
+        def factory(leaves: list[Tensor], lr: float) -> torch.optim.Optimizer:
+            made.append(torch.optim.Adam(leaves, lr=lr))
+            return made[-1]
+
+        def change(number: int, bound: float) -> None:
+            if number == 20:
+                made[0].param_groups[0]["weight_decay"] = 1.0
+
+        return trained(compile=mode, optimizer=factory, callbacks=(change,))
+
+    assert_same(run("now"), run(False))
+
+
+def test_a_counter_under_any_name_is_seen_though_it_changes_nothing_at_first() -> None:
+    class Warmed(VAE):
+        _runs = 0
+
+        def likelihood(self, z: Tensor) -> Any:
+            self._runs += 1
+            return super().likelihood(z * (1.0 if self._runs < 20 else 0.5))
+
+    torch.manual_seed(0)
+    model = Warmed(data_dim=5, latent_dim=2, hidden=(4,))
+    x = torch.bernoulli(torch.full((20, 5), 0.4))
+    told = fit(model, Amortized(model, hidden=(4,)), x, steps=5, seed=1, compile="now").compiled
+    assert told == "vanilla step; each run of the program changes Warmed._runs"
