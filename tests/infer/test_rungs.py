@@ -360,7 +360,7 @@ REFUSED: dict[str, tuple[Callable[[], Programs], tuple[str, ...]]] = {
     "if": (partial(_refused, _branch), ("test_rungs.py:", "if z.mean() > 0", "torch.where")),
     "float": (partial(_refused, _number), ("test_rungs.py:", "float(x.sum())", "Python number")),
     "tolist": (partial(_refused, _listed), ("test_rungs.py:", "x.tolist()")),
-    "random": (partial(_refused, _random), ("drawn by `random`",)),
+    "random": (partial(_refused, _random), ("draws numbers by `random`",)),
     "counter": (
         lambda: (Decoder(), Counting(), (real(11, 2),)),
         ("each run of the program changes Counting.calls",),
