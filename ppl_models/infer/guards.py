@@ -29,13 +29,11 @@ def fingerprint(*programs: Any) -> dict[str, Any]:
         programs: Models, guides and objectives: modules, functions or other callables.
 
     Example:
-        >>> beta = 0.5
-        >>> def model(x):
-        ...     return beta * x
+        >>> model = nn.Dropout(0.5)
         >>> before = fingerprint(model)
-        >>> beta = 0.6
-        >>> [name for name, value in fingerprint(model).items() if value != before[name]]
-        ['model: beta']
+        >>> model.p = 0.1
+        >>> difference(before, fingerprint(model))
+        ['Dropout.p']
     """
     found: dict[str, Any] = {}
     seen: set[int] = set()
