@@ -164,7 +164,9 @@ class Blocks:
         schedule: Callable[[], None] | None,
         one: Single,
     ) -> list[float]:
-        """Take steps, and return the bound of each; fewer than asked for if one had to be repeated.
+        """Take steps, and return the bound of each.
+
+        They are fewer than asked for if the schedule moves more than rates, or one was repeated.
 
         Arguments:
             loaded: The step.
@@ -186,8 +188,8 @@ class Blocks:
         bounds = self._call(loaded, order, rates)
         self._ahead += len(bounds)
         if not torch.isfinite(bounds[-1]):
-            return self._again(one, careful=2, failed=count - len(bounds))[-len(bounds) :]
-        took = (time.perf_counter() - start) / count
+            return self._again(one, careful=2, failed=len(rates) - len(bounds))[-len(bounds) :]
+        took = (time.perf_counter() - start) / len(rates)
         self._speed = took if not self._speed else 0.8 * self._speed + 0.2 * took
         return bounds.tolist()
 
