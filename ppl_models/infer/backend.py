@@ -102,6 +102,11 @@ def without_python(graph: GraphModule, *inputs: Tensor) -> Callable[..., Any]:
     return run
 
 
+def is_hooked(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether code of the user's runs before or after each step of an optimiser."""
+    return bool(optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks)
+
+
 class Library:
     """A compiled step, loaded.
 

@@ -68,11 +68,13 @@ class Blocks:
         self._powers: list[Tensor] = []
         self._stale = True  # the powers do not know of steps that others took
         self._ahead = 0  # steps that the optimiser's counters do not know of
+        self._stepped: list[Tensor] = []  # what those steps moved
+        self._graph: Graph | None = None  # whose steps are taken
         self._speed = 0.0  # seconds a step
         self._checkpoint: _Checkpoint | None = None
         self._changing: dict[int, Tensor] = {}  # by address: whatever a loaded step changes
         self._compiled_state: list[tuple[Tensor, str, Tensor]] = []
-        told = updates.options_of(optimizer)
+        told = _options_of(optimizer)
         self.reason = told if isinstance(told, str) else None
         self._kind, self._options = (None, []) if isinstance(told, str) else told
 
@@ -92,7 +94,7 @@ class Blocks:
         """Whether the optimiser is another one than was compiled: its options, or its state."""
         if self._kind is None:
             return False
-        told = updates.options_of(self._optimizer)
+        told = _options_of(self._optimizer)
         return told != (self._kind, self._options) or any(
             self._optimizer.state.get(leaf, {}).get(name) is not tensor
             for leaf, name, tensor in self._compiled_state
@@ -101,6 +103,29 @@ class Blocks:
     def _names(self) -> tuple[str, ...]:
         momentum = any(options.get("momentum", 1.0) for options in self._options)
         return updates.STATE[self._kind] if momentum and self._kind is not None else ()
+
+    def turn_to(self, graph: Graph, one: Single) -> None:
+        """Prepare for steps of a graph.
+
+        Arguments:
+            graph: It.
+            one: As in `run`.
+
+        Raises:
+            backend.Unsupported: If the optimiser would treat members of a group in different ways.
+        """
+        if graph is self._graph:
+            return
+        moved = [self._leaves[i] for i in graph.leaves]
+        if [*map(id, moved)] != [*map(id, self._stepped)]:
+            self.check(one)
+            self.settle()
+        if any(len(self._steps(group, moved)) > 1 for group in self._optimizer.param_groups):
+            raise backend.Unsupported(
+                f"{self._kind} corrects its averages by the number of steps, and parameters of one "
+                "group have taken different numbers; give those that join later a group of their own"
+            )
+        self._graph, self._stepped = graph, moved
 
     def plan(self, graph: Graph, index: Tensor | None, data: Batch) -> Plan:
         """Say what is to be compiled for a graph."""
@@ -203,14 +228,13 @@ class Blocks:
 
     def settle(self) -> None:
         """Tell the optimiser's own counters of the steps taken here, before others take one."""
-        groups = self._optimizer.param_groups if self._ahead else []
-        for group in groups:
-            for parameter in group["params"]:
-                state = self._optimizer.state.get(parameter)
-                if state and "step" in state:
-                    state["step"] += self._ahead
+        for parameter in self._stepped if self._ahead else ():
+            state = self._optimizer.state.get(parameter)
+            if state and "step" in state:
+                state["step"] += self._ahead
         self._ahead = 0
         self._stale = True
+        self._graph = None
 
     def _call(self, loaded: Loaded, order: Tensor | None, rates: Tensor) -> Tensor:
         bounds, error = loaded.library.run(loaded.index, order, self._rates, rates)
@@ -222,11 +246,18 @@ class Blocks:
         """Set the powers of the decay rates to the steps that the optimiser has counted."""
         groups = self._optimizer.param_groups
         for group, powers, options in zip(groups, self._powers, self._options, strict=True):
-            states = (self._optimizer.state.get(parameter) for parameter in group["params"])
-            steps = max((float(s.get("step", 0)) for s in states if s), default=0.0)
+            steps = max(self._steps(group, self._stepped), default=0.0)
             for place, beta in enumerate(options.get("betas", ())):
                 powers[place] = beta ** (steps + self._ahead)
         self._stale = False
+
+    def _steps(self, group: dict[str, Any], moved: Sequence[Tensor]) -> set[float]:
+        """How often the optimiser has moved each of some leaves that are in a group."""
+        own = {id(parameter) for parameter in group["params"]}
+        if self._kind is None:
+            return set()
+        states = (self._optimizer.state.get(leaf) for leaf in moved if id(leaf) in own)
+        return {float(state.get("step", 0)) for state in states if state}
 
     def _next_rates(self, count: int, schedule: Callable[[], None] | None) -> Tensor:
         """Learning rates of the next steps, shape (count, groups)."""
@@ -289,6 +320,12 @@ def _load(
     plan: Plan, path: Path | None, inputs: Sequence[Tensor]
 ) -> backend.Library | backend.Replay:
     return backend.Replay(plan.step, inputs) if path is None else backend.Library(path, inputs)
+
+
+def _options_of(optimizer: Optimizer) -> tuple[str, list[dict[str, Any]]] | str:
+    if backend.is_hooked(optimizer):
+        return f"hooks of {type(optimizer).__name__} run outside the graph, and so does its step"
+    return updates.options_of(optimizer)
 
 
 def _streams(device: torch.device) -> list[Tensor]:

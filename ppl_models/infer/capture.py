@@ -253,7 +253,10 @@ def _reason(error: BaseException) -> str:
     if "value out of a tracing tensor" in what or "data-dependent" in what.lower():
         sampler = _sampler(error)
         if sampler:
-            return f"{sampler} draws in a loop whose length depends on the values{place}"
+            return (
+                f"{sampler} draws in a loop whose length depends on the values{place}; only another "
+                "distribution, which draws without one, can be recorded"
+            )
         return (
             f"it takes a Python number out of a tensor{place}: the path then depends on values; "
             "torch.where chooses between tensors without"

@@ -42,12 +42,23 @@ def fingerprint(*programs: Any) -> dict[str, Any]:
             own = name
             while own in found:  # of another program, or of a class and of its instance
                 own += "'"
-            found[own] = value
+            found[own] = _identity(value) if isinstance(value, Tensor) else value
     store = pyro.get_param_store()
     for name, value in store.named_parameters():
         found[f"pyro.param '{name}'"] = _identity(value)
     found["torch: default dtype"] = torch.get_default_dtype()
     return found
+
+
+def reached(*programs: Any) -> list[Tensor]:
+    """Return the tensors that programs hold: in modules, attributes, closures and globals.
+
+    Arguments:
+        programs: As in `fingerprint`.
+    """
+    seen: set[int] = set()
+    facts = (fact for program in programs for fact in _facts(program, "", _DEPTH, seen))
+    return [value for _, value in facts if isinstance(value, Tensor)]
 
 
 def difference(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
@@ -68,7 +79,7 @@ def _facts(value: Any, name: str, depth: int, seen: set[int]) -> Iterator[tuple[
         yield name, (type(value), repr(value))  # 1 and True and 1.0 make different graphs
         return
     if isinstance(value, Tensor):
-        yield name, _identity(value)
+        yield name, value
         return
     if value is _ABSENT:
         return
@@ -106,10 +117,20 @@ def _facts(value: Any, name: str, depth: int, seen: set[int]) -> Iterator[tuple[
         yield from _facts(value.func, name, depth, seen)
         yield from _facts(value.args, f"{name} arguments", depth, seen)
         yield from _facts(value.keywords, f"{name} arguments", depth, seen)
-    elif hasattr(value, "__dict__"):
-        for key, item in list(vars(value).items()):
+    elif attributes := _attributes(value):
+        for key, item in attributes.items():
             yield from _facts(item, f"{name}.{key}", depth - 1, seen)
         yield from _facts(type(value), f"{name}.{type(value).__name__}", depth, seen)
+
+
+def _attributes(value: Any) -> dict[str, Any]:
+    """What an object holds, in its dictionary and in its slots."""
+    if _of_a_library(type(value)) and not hasattr(value, "__dict__"):
+        return {}  # such as an iterator: looked at, it may move
+    slots = (vars(kind).get("__slots__", ()) for kind in type(value).__mro__)
+    names = [name for own in slots for name in ([own] if isinstance(own, str) else own)]
+    held = {name: getattr(value, name, _ABSENT) for name in names if name != "__dict__"}
+    return held | dict(getattr(value, "__dict__", {}))
 
 
 _OF_MODULES = {*vars(nn.Module()), "_given"}
@@ -145,7 +166,7 @@ def _module_facts(
     for held in (module._parameters, module._buffers):
         for key, value in held.items():
             if value is not None:
-                yield f"{name}.{key}", _identity(value)
+                yield f"{name}.{key}", value
     for key, value in list(vars(module).items()):
         if key in _OF_MODULES or key.startswith("_pyro") or isinstance(value, nn.Module):
             continue

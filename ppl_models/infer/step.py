@@ -6,6 +6,7 @@ itself. Each has been checked against the one below it, with the same seed, befo
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -18,7 +19,7 @@ import numpy as np
 import pyro
 import torch
 from pyro.infer.elbo import ELBO as PyroELBO
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.optim.optimizer import Optimizer
 from torch.utils.flop_counter import FlopCounterMode
@@ -29,7 +30,7 @@ from ppl_models.core.types import Batch
 from ppl_models.infer import backend, compile
 from ppl_models.infer.block import Blocks, Loaded
 from ppl_models.infer.capture import Graph, Untraceable, capture
-from ppl_models.infer.guards import difference, fingerprint
+from ppl_models.infer.guards import difference, fingerprint, reached
 
 Compile = bool | Literal["now"]
 
@@ -107,7 +108,7 @@ class _Rung:
 
     graph: Graph | None = None
     index: Tensor | None = None  # rows to try it with
-    compiles: bool = False
+    start: int | None = None  # the step from which on it is compiled, if it is to be
     plan: compile.Plan | None = None
     built: Future[Path | None] | None = None
     loaded: Loaded | None = None
@@ -165,7 +166,6 @@ class Steps:
         self._schedule = schedule
         self._total = total
         self._compile = compile
-        self._takeover: int | None = None
         self._since = 0
         self._rungs: dict[Any, _Rung] = {}
         self._blocks: Blocks | None = None
@@ -183,10 +183,10 @@ class Steps:
         facts = fingerprint(*self._evaluate.programs)
         if facts == self._facts:
             return
+        self.renew()  # by the steps that it knows
         self._changed = difference(self._facts, facts)
         self._facts = facts
         self._version = self._versions.setdefault(repr(sorted(facts.items())), len(self._versions))
-        self.renew()
 
     def renew(self) -> None:
         """Finish what is under way: before the data change, or the training ends."""
@@ -243,9 +243,10 @@ class Steps:
         text = used[0]
         if text == "compiled":
             text += f" from step {self._since} (torch {torch.__version__})"
-        others = self._used["vanilla step"] - 1  # the first one is
-        if len(used) > 1 and others > 0:
-            text += f" (vanilla step: {others} of {self.taken})"
+        counts = self._used | {"vanilla step": self._used["vanilla step"] - 1}  # the first one is
+        others = [f"{name}: {counts[name]}" for name in used[1:] if counts[name] > 0]
+        if others:
+            text += f" ({', '.join(others)} of {self.taken})"
         return "; ".join((text, *self._reasons))
 
     def _rung(self, order: Tensor | None, rows: int | None) -> _Rung:
@@ -262,7 +263,9 @@ class Steps:
         """Record a step, and decide whether it is to be compiled."""
         if self._compile is False:
             return self._because("compile=False")
-        uses = self._total if rows is None or rows == self._rows else self._total // self._in_epoch
+        is_usual = rows is None or rows == self._rows
+        left = self._total - self.taken + 1
+        uses = left if is_usual else left // self._in_epoch
         if uses < RECORDING and self._compile is True:
             return self._because(f"{uses} steps are over before recording one pays", rows)
         if self._version >= RETRACES:
@@ -284,20 +287,20 @@ class Steps:
         except Untraceable as error:
             return self._because(str(error))
         rung = _Rung(graph, index)
-        start = self._takeover
-        if start is None:
-            with self._undone():
-                on_gpu = inputs[-1].device.type == "cuda" if inputs else False
-                start = 1 if self._compile == "now" or on_gpu else _takeover(graph, inputs)
-        if self._compile is True and uses < (2 if self._takeover is None else 1) * start:
-            if rows is None or rows == self._rows:
-                self._reasons[
-                    f"{uses} steps are over before a compiler pays, at about {2 * start}; "
-                    "compile='now' waits for it"
-                ] = None
+        on_gpu = inputs[-1].device.type == "cuda" if inputs else False
+        if self._compile == "now" or on_gpu:
+            rung.start = self.taken
             return rung
-        self._takeover = start
-        rung.compiles = True
+        with self._undone():
+            ahead = _takeover(graph, inputs)
+        if uses >= (2 if is_usual else 1) * ahead:
+            waiting = sum(r.start is not None and r.loaded is None for r in self._rungs.values())
+            rung.start = self.taken + (1 + waiting) * ahead  # they are compiled one by one
+        elif is_usual:
+            self._reasons[
+                f"{uses} steps are over before a compiler pays, at about {2 * ahead}; "
+                "compile='now' waits for it"
+            ] = None
         return rung
 
     def _because(self, reason: str, rows: int | None = None) -> _Rung:
@@ -317,7 +320,7 @@ class Steps:
             if index is not None:
                 index = torch.randperm(self._evaluate.size)[: len(index)].to(index.device)
         inputs = self._data if index is None else (index, *self._data)
-        with self._undone(), seeded(2):
+        with self._undone() as changes, seeded(2):
             facts = fingerprint(*self._evaluate.programs)
             others = _other_streams()
             try:
@@ -334,18 +337,20 @@ class Steps:
             if changed:
                 raise Untraceable(f"each run of the program changes {', '.join(changed[:3])}")
             expected = [bound, *(g for g in gradients if g is not None), torch.get_rng_state()]
-            expected += [value.detach().clone() for value in _state(self._evaluate).values()]
-        with self._undone(), seeded(2):
+            expected_changes = changes()
+        with self._undone() as changes, seeded(2):
             try:
                 got = [*graph(*inputs), torch.get_rng_state()]
             except RuntimeError as error:
                 raise Untraceable(
                     "a shape depends on values, or on which rows are drawn"
                 ) from error
-            got += [value.detach().clone() for value in _state(self._evaluate).values()]
-        if len(got) != len(expected) or not all(
+            got_changes = changes()
+        expected += [expected_changes[key] for key in sorted(expected_changes)]
+        got += [got_changes[key] for key in sorted(got_changes)]
+        if expected_changes.keys() != got_changes.keys() or not all(
             one.shape == other.shape and _close(one, other)
-            for one, other in zip(expected, got, strict=True)
+            for one, other in itertools.zip_longest(expected, got, fillvalue=torch.empty(0))
         ):
             raise Untraceable(
                 "the graph computes something else than the program, which may use a value that is "
@@ -357,19 +362,21 @@ class Steps:
         if self._blocks is not None and self._blocks.moved():
             self._blocks.check(self._alone)
             self._blocks.settle()
-            self._blocks, self._takeover = None, None
+            self._blocks = None
             self._reasons[
                 "options or state of the optimiser changed: it steps outside the graph"
             ] = None
             for other in self._rungs.values():
-                other.loaded, other.compiles = None, False
-        if rung.loaded is not None:
-            return True
-        if not rung.compiles or rung.graph is None or self._takeover is None or not self.taken:
+                other.loaded, other.start = None, None
+        if rung.start is None or rung.graph is None or not self.taken:
             return False  # the optimiser makes its state at the first step
         try:
             if self._blocks is None:
                 self._blocks = Blocks(self._evaluate.leaves, self._optimizer)
+            if rung.plan is not None or self._blocks.ready(rung.graph):
+                self._blocks.turn_to(rung.graph, self._alone)
+            if rung.loaded is not None:
+                return True
             if rung.plan is None and not self._blocks.ready(rung.graph):
                 return False
             if rung.plan is None:
@@ -377,14 +384,14 @@ class Steps:
                 if reason := compile.refusal(rung.plan):
                     raise backend.Unsupported(reason)
                 rung.built = compile.compiled(rung.plan)
-            if self.taken < self._takeover or rung.built is None:
+            if self.taken < rung.start or rung.built is None:
                 return False
             while not rung.built.done():
                 if not self._wait():
                     return False  # the training is to end: this step is not what ends it
             rung.loaded = self._blocks.load(rung.plan, rung.built.result(), rung.index)
         except backend.Unsupported as error:
-            rung.compiles = False
+            rung.start, rung.loaded = None, None
             self._reasons[f"not compiled: {error}"] = None
             return False
         if self._blocks.reason:
@@ -404,7 +411,7 @@ class Steps:
             try:
                 bound, gradients = self._by_graph(rung.graph, order)
             except RuntimeError:
-                rung.graph, rung.compiles = None, False
+                rung.graph, rung.start = None, None
                 self._reasons["a shape depends on values, or on which rows are drawn"] = None
                 bound, gradients = self._evaluate(order, *self._data)
         else:
@@ -449,36 +456,55 @@ class Steps:
             self._schedule.step()
 
     @contextmanager
-    def _undone(self) -> Iterator[None]:
-        """Run a block that leaves parameters, buffers, gradients and random numbers as they were."""
+    def _undone(self) -> Iterator[Callable[[], dict[str, Tensor]]]:
+        """Run a block that leaves tensors, gradients and random numbers as they were.
+
+        It is given a function that returns copies of the tensors that have changed in it.
+        """
         store: Any = pyro.get_param_store()
         before = store.get_state()
-        live = [*_state(self._evaluate).values(), *self._evaluate.leaves]
-        values = [value.detach().clone() for value in live]
+        held = self._held()
+        saved = {name: value.detach().clone() for name, value in held.items()}
+        gradients = [(value, value.grad) for value in held.values() if value.is_leaf]
+        for value, _ in gradients:
+            value.grad = None
+
+        def changes() -> dict[str, Tensor]:
+            now = held | dict(store.named_parameters())  # where an entry may be another tensor
+            pairs = ((name, now[name].detach(), old) for name, old in saved.items())
+            return {name: value.clone() for name, value, old in pairs if not _same(value, old)}
+
         try:
             with seeded(0):
-                yield
+                yield changes
         finally:
             with torch.no_grad():
-                for value, old in zip(live, values, strict=True):
-                    value.copy_(old)
-                    value.grad = None
+                for name, old in saved.items():
+                    if not _same(held[name], old):
+                        held[name].copy_(old)
+            for value, gradient in gradients:
+                value.grad = gradient
             store.clear()
             store.set_state(before)
 
-
-def _state(evaluate: Evaluation) -> dict[int, Tensor]:
-    """Parameters, buffers and entries of the store, by identity."""
-    modules = [program for program in evaluate.programs if isinstance(program, nn.Module)]
-    found = [tensor for m in modules for tensor in (*m.parameters(), *m.buffers())]
-    found += [value for _, value in pyro.get_param_store().named_parameters()]
-    return {id(value): value for value in found}
+    def _held(self) -> dict[str, Tensor]:
+        """What a step may change: Pyro's store, what the programs hold, and what is trained."""
+        store = dict(pyro.get_param_store().named_parameters())
+        found = [*reached(*self._evaluate.programs), *self._evaluate.leaves]
+        others = {id(v): v for v in found if v.layout == torch.strided}
+        for value in store.values():
+            others.pop(id(value), None)
+        return store | {f"tensor {place}": value for place, value in enumerate(others.values())}
 
 
 def _other_streams() -> tuple[int, int]:
     """Where the random numbers are that are no torch's."""
     state: Any = np.random.get_state()  # noqa: NPY002 - the one that programs use without asking
     return hash(random.getstate()), hash((state[1].tobytes(), *state[2:]))
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and torch.equal(one, other)
 
 
 def _close(one: Tensor, other: Tensor) -> bool:

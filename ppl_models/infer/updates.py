@@ -184,8 +184,7 @@ def options_of(optimizer: torch.optim.Optimizer) -> tuple[str, list[dict[str, An
         "AdamW": lambda: torch.optim.AdamW,
         "ClippedAdam": _pyro_clipped_adam,
     }
-    hooks = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
-    if hooks or kind not in known or made is not known[kind]():
+    if kind not in known or made is not known[kind]():
         return f"optimiser {kind} steps outside the graph; SGD, Adam, AdamW and ClippedAdam do not"
     groups = [{name: group[name] for name in OPTIONS[kind]} for group in optimizer.param_groups]
     if any(group.get("amsgrad") for group in optimizer.param_groups):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import types
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from torch import nn
 
 from ppl_models import VAE
-from ppl_models.infer.guards import difference, fingerprint
+from ppl_models.infer.guards import difference, fingerprint, reached
 
 
 class Scaled(nn.Module):
@@ -150,6 +151,33 @@ def test_an_attribute_hides_that_of_its_class_from_the_program_not_from_its_guar
     before = fingerprint(module, module)
     module.width = 5
     assert difference(before, fingerprint(module, module)) == ["Modular.width"]
+
+
+@dataclass(slots=True)
+class Slotted:
+    rate: float
+    shift: float = 0.0
+
+
+def test_attributes_in_slots_are_looked_after() -> None:
+    settings = Slotted(1.0)
+
+    def model(x: torch.Tensor) -> torch.Tensor:
+        return x * settings.rate
+
+    before = fingerprint(model)
+    settings.rate = 2.0
+    assert difference(before, fingerprint(model)) == ["model: settings.rate"]
+
+
+def test_tensors_are_reached_through_functions_and_objects() -> None:
+    held, module = torch.ones(2), Scaled()
+
+    def model(x: torch.Tensor) -> torch.Tensor:
+        return module(x) * held
+
+    found = {id(value) for value in reached(model)}
+    assert found >= {id(held), *map(id, module.parameters()), *map(id, module.buffers())}
 
 
 def test_arrays_are_known_by_what_they_hold() -> None:

@@ -282,6 +282,34 @@ def test_a_training_that_waits_for_nothing_is_recorded_if_it_is_long_enough() ->
     assert short.compiled == "vanilla step; 5 steps are over before recording one pays"
 
 
+@pytest.mark.usefixtures("recorded_only")
+def test_what_functions_reach_is_as_if_nothing_had_been_recorded() -> None:
+    calls = torch.zeros(())
+    net = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Linear(3, 2))
+
+    def model(x: Tensor) -> None:
+        calls.add_(1)
+        decoder: Any = pyro.module("net", net)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(decoder(z), 1.0).to_event(1), obs=x)
+
+    def guide(x: Tensor) -> None:
+        gain = pyro.param("gain", lambda: torch.ones(2))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(gain * x, 0.5).to_event(1))
+
+    counts = []
+    for rung in (False, "now"):
+        pyro.clear_param_store()
+        calls.zero_()
+        net[1].reset_running_stats()
+        told = fit(model, guide, real(11, 2), steps=7, seed=0, compile=rung).compiled
+        counts.append((int(calls), int(net[1].num_batches_tracked)))
+    assert told.startswith("traced graph")
+    assert counts[0] == counts[1]
+
+
 # Refusals: the program runs, and the reason names what to change.
 
 
@@ -643,3 +671,25 @@ def test_a_compiled_training_sees_what_is_changed_between_steps(compiler: Path) 
     close(compiled.bounds, by_program.bounds)
     for name, value in want.items():
         close(got[name], value)
+
+
+def test_parameters_that_joined_later_are_counted_by_themselves(compiler: Path) -> None:
+    kept: list[Any] = []
+
+    def optimizer(parameters: Any, lr: float) -> Any:
+        kept.append(torch.optim.Adam(parameters, lr=lr))
+        return kept[-1]
+
+    case = Case("", _annealed, ELBO, None)
+    options = {"steps": 20, "change": _frozen, "after": (6, 12), "optimizer": optimizer}
+    by_program, want = trained(case, False, **options)
+    compiled, got = trained(case, "now", **options)
+    assert compiled.compiled.startswith("compiled from step 2")
+    assert "have taken different numbers" in compiled.compiled
+    assert "traced graph: 8 of 20" in compiled.compiled
+    close(compiled.bounds, by_program.bounds)
+    for name, value in want.items():
+        close(got[name], value)
+    counts = [[float(s["step"]) for s in one.state.values()] for one in kept]
+    assert counts[0] == counts[1]
+    assert set(counts[0]) == {14.0, 20.0}

@@ -81,7 +81,7 @@ def test_a_step_taken_over_from_is_fixed_so_that_a_cold_and_a_warm_cache_give_th
 ) -> None:
     monkeypatch.setenv("PPL_MODELS_CACHE", str(tmp_path))
     cold, warm = trained(compile=True), trained(compile=True)
-    assert cold[0].compiled.startswith("compiled from step 11 (torch")
+    assert cold[0].compiled.startswith("compiled from step 12 (torch")
     assert torch.equal(cold[0].bounds, warm[0].bounds)
     assert all(map(torch.equal, cold[1], warm[1]))
     assert_same(cold, trained(compile=False))

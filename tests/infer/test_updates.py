@@ -11,6 +11,7 @@ from pyro.optim.clipped_adam import ClippedAdam
 from torch import Tensor
 from torch.testing import assert_close
 
+from ppl_models.infer.block import Blocks
 from ppl_models.infer.updates import STATE, options_of, update
 
 OPTIMISERS: dict[str, Any] = {
@@ -63,6 +64,14 @@ def test_thirty_updates_are_those_of_the_optimiser(name: str) -> None:
         assert_close(state, [optimizer.state[value][n] for n in names], rtol=1e-12, atol=1e-12)
 
 
+def test_hooks_of_an_optimiser_are_run() -> None:
+    value = torch.nn.Parameter(torch.zeros(2))
+    hooked = torch.optim.Adam([value])
+    assert Blocks([value], hooked).reason is None
+    hooked.register_step_post_hook(lambda *_: None)
+    assert "hooks of Adam run outside" in str(Blocks([value], hooked).reason)
+
+
 def test_what_steps_outside_the_graph_says_so() -> None:
     value = torch.nn.Parameter(torch.zeros(2))
     assert "RMSprop steps outside" in str(options_of(torch.optim.RMSprop([value])))
@@ -72,6 +81,3 @@ def test_what_steps_outside_the_graph_says_so() -> None:
         pass
 
     assert "Adam steps outside" in str(options_of(Adam([value])))
-    hooked = torch.optim.Adam([value])
-    hooked.register_step_pre_hook(lambda *_: None)
-    assert "Adam steps outside" in str(options_of(hooked))
