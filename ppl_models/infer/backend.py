@@ -218,28 +218,27 @@ extern "C" const char* ppl_models_error() { return ppl_models_message.c_str(); }
 extern "C" void ppl_models_delete(AtenTensorHandle handle) { aoti_torch_delete_tensor_object(handle); }
 
 extern "C" long ppl_models_run(
-    AtenTensorHandle* inputs, int n_inputs, long steps, int64_t* index, const int64_t* order,
+    AtenTensorHandle* inputs, int n_inputs, long many, int64_t* index, const int64_t* order,
     long rows, double* rates, const double* lrs, int groups, double* bounds) {
   std::vector<AtenTensorHandle> handles(n_inputs);
+  steps = Steps{0, many, index, order, rows, rates, lrs, groups, bounds};
   try {
-    for (long step = 0; step < steps; ++step) {
-      if (index) std::memcpy(index, order + step * rows, rows * sizeof(int64_t));
-      for (int group = 0; group < groups; ++group) rates[group] = lrs[step * groups + group];
+    while (LOOPS_WITHIN ? steps.done == 0 && many > 0 : steps.begin()) {
       for (int i = 0; i < n_inputs; ++i)
         AOTI_TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(inputs[i], &handles[i]));
       AtenTensorHandle output;
       run_impl(handles.data(), &output, nullptr, nullptr);
       RAIIAtenTensorHandle bound(output);
+      if (LOOPS_WITHIN) break;
       void* value;
       AOTI_TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(bound.get(), &value));
-      bounds[step] = *static_cast<double*>(value);
-      if (!std::isfinite(bounds[step])) return step + 1;
+      if (!steps.end(static_cast<double*>(value))) break;
     }
   } catch (const std::exception& error) {
     ppl_models_message = error.what();
     return -1;
   }
-  return steps;
+  return steps.done;
 }
 """
 
@@ -256,6 +255,28 @@ using DeviceStreamType = void*;
 using namespace torch::aot_inductor;
 namespace { constexpr bool _check_aoti_runtime_check_inputs_env() { return false; } }
 [[maybe_unused]] static int64_t align(int64_t bytes) { return (bytes + 63) & -64; }
+
+struct Steps {
+  long done, many;
+  int64_t* index;
+  const int64_t* order;
+  long rows;
+  double* rates;
+  const double* lrs;
+  int groups;
+  double* bounds;
+  bool begin() {
+    if (done >= many) return false;
+    if (index) std::memcpy(index, order + done * rows, rows * sizeof(int64_t));
+    for (int group = 0; group < groups; ++group) rates[group] = lrs[done * groups + group];
+    return true;
+  }
+  bool end(const double* bound) {
+    bounds[done] = *bound;
+    return std::isfinite(bounds[done++]);
+  }
+};
+static thread_local Steps steps;
 """
 
 
@@ -324,6 +345,7 @@ def _lower(job: dict[str, Any]) -> str:
     settings = {
         "fallback_random": True,  # the draws of eager torch
         "reorder_for_peak_memory": False,  # in their order
+        "reorder_for_locality": False,  # which puts reads behind writes, so that they are copied
         "joint_graph_constant_folding": False,
         "cpp.threads": job["threads"],
         "fx_graph_cache": False,
@@ -543,8 +565,29 @@ def _standalone(wrapper: str, kernels: str) -> str:
     )
     if "StableIValue" in body:
         extra += "\n#include <torch/csrc/stable/stableivalue_conversions.h>"
-    parts = (kernels, extra, _HEADERS, cached, body, _LOOP)
-    return "\n".join(parts)
+    looped = _looped(body)
+    loop = _LOOP.replace("LOOPS_WITHIN", "false" if looped is None else "true")
+    return "\n".join((kernels, extra, _HEADERS, cached, looped or body, loop))
+
+
+def _looped(body: str) -> str | None:
+    """Put the loop over steps into a function that calls one kernel and nothing else.
+
+    Then buffers are allocated once for all steps, and addresses are looked up once.
+    """
+    calls = re.findall(r"^    (cpp_fused\w*)\((.*)\);$", body, re.MULTILINE)
+    out = re.findall(r"^    output_handles\[0\] = (\w+)\.release\(\);$", body, re.MULTILINE)
+    asked = set(re.findall(r"\baoti_torch_\w+", body)) - {"aoti_torch_empty_strided"}
+    if len(calls) != 1 or len(out) != 1 or asked or "StableIValue" in body:
+        return None
+    name, text = calls[0]
+    given = text.split(", (")
+    values = [given[0], *(f"({value}" for value in given[1:])]
+    fixed = "\n".join(f"    auto fixed_{i} = {value};" for i, value in enumerate(values))
+    names = ", ".join(f"fixed_{i}" for i in range(len(values)))
+    bound = f"    auto fixed_bound = (const double*)({out[0]}.data_ptr());"
+    loop = f"    while (steps.begin()) {{ {name}({names}); if (!steps.end(fixed_bound)) break; }}"
+    return body.replace(f"    {name}({text});", f"{fixed}\n{bound}\n{loop}")
 
 
 def _build(source: str, out: Path, threads: int) -> None:

@@ -13,7 +13,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -41,8 +41,8 @@ class Graph:
     """A recorded evaluation.
 
     Attributes:
-        module: The graph; called with `tensors` and what was passed, it returns the bound and the
-            gradient of each leaf in `leaves`.
+        module: The graph; called with `tensors` and what was passed, it returns what was recorded:
+            of `capture` the bound and the gradient of each leaf in `leaves`.
         tensors: What the program reached by itself, in the order of the graph's first inputs.
         leaves: For each gradient, the place of its leaf among the leaves that were given.
         positions: For each gradient, the place of its leaf among `tensors`.
@@ -63,7 +63,7 @@ class Graph:
         return sum(node.op == "call_function" for node in self.module.graph.nodes)
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """Evaluate it: the bound, and the gradient of each leaf that has one."""
+        """Evaluate it: of `capture` the bound, and the gradient of each leaf that has one."""
         with torch.no_grad():
             return self.run(*self.tensors, *inputs)
 
@@ -83,15 +83,6 @@ def capture(
     Raises:
         Untraceable: If it does what depends on values, such as `if z > 0`.
     """
-    with backend.sources_forgotten():
-        return _capture(evaluate, leaves, *inputs)
-
-
-def _capture(
-    evaluate: Callable[..., tuple[Tensor, list[Tensor | None]]],
-    leaves: Sequence[Tensor],
-    *inputs: Tensor,
-) -> Graph:
     present: list[int] = []
 
     def flat(*values: Tensor) -> tuple[Tensor, ...]:
@@ -100,13 +91,8 @@ def _capture(
         present.extend(i for i, gradient in enumerate(gradients) if gradient is not None)
         return bound, *(gradient for gradient in gradients if gradient is not None)
 
-    try:
-        with _recordable():
-            module = backend.trace(flat, *inputs)
-    except Exception as error:
-        raise Untraceable(_reason(error)) from error
-    tensors = _lift(module)
-    _simplify(module)
+    graph = record(flat, *inputs)
+    module, tensors = graph.module, [*graph.tensors]
     where = {id(tensor): place for place, tensor in enumerate(tensors)}
     missing = [i for i in present if id(leaves[i]) not in where]
     if missing:
@@ -115,15 +101,37 @@ def _capture(
             where[id(leaves[i])] = len(tensors)
             _add_input(module.graph, len(tensors))
             tensors.append(leaves[i])
-        module.recompile()
-    return Graph(
-        module=module,
-        tensors=tuple(tensors),
+        with backend.sources_forgotten():
+            module.recompile()
+            run = backend.without_python(module, *(v.detach() for v in tensors), *inputs)
+        graph = replace(graph, tensors=tuple(tensors), changed=_changed(module), run=run)
+    return replace(
+        graph,
         leaves=tuple(present),
         positions=tuple(where[id(leaves[i])] for i in present),
-        changed=_changed(module),
-        run=backend.without_python(module, *(v.detach() for v in tensors), *inputs),
     )
+
+
+def record(function: Callable[..., tuple[Tensor, ...]], *inputs: Tensor) -> Graph:
+    """Record any function of tensors.
+
+    Arguments:
+        function: Returns tensors; what it does to `inputs` in place becomes part of the graph.
+        inputs: What it is called with.
+
+    Raises:
+        Untraceable: As `capture`.
+    """
+    with backend.sources_forgotten():
+        try:
+            with recordable():
+                module = backend.trace(function, *inputs)
+        except Exception as error:
+            raise Untraceable(_reason(error)) from error
+        tensors = _lift(module)
+        _simplify(module)
+        run = backend.without_python(module, *(v.detach() for v in tensors), *inputs)
+    return Graph(module, tuple(tensors), leaves=(), positions=(), changed=_changed(module), run=run)
 
 
 def _lift(module: GraphModule) -> list[Tensor]:
@@ -279,7 +287,7 @@ def _sampler(error: BaseException) -> str | None:
 
 
 @contextmanager
-def _recordable() -> Iterator[None]:
+def recordable() -> Iterator[None]:
     """Neutralise, for a block, what Pyro does with values besides arithmetic."""
     with ExitStack() as stack:
         stack.enter_context(pyro.validation_enabled(False))
