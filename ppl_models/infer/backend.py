@@ -69,6 +69,16 @@ def sources_forgotten() -> Iterator[None]:
             linecache.cache.pop(name, None)
 
 
+LinAlgError: type[RuntimeError] = getattr(torch.linalg, "LinAlgError")  # noqa: B009 - not exported
+
+
+def recording() -> bool:
+    """Whether a trace is being made."""
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+    return get_proxy_mode() is not None
+
+
 def untraced() -> contextlib.AbstractContextManager[Any]:
     """Inside a trace: compute with real values, out of sight of the trace."""
     from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing

@@ -258,7 +258,13 @@ def _reason(error: BaseException) -> str:
         break
     text = str(error).strip().splitlines()
     what = text[0] if text else type(error).__name__
-    if "value out of a tracing tensor" in what or "data-dependent" in what.lower():
+    if "inplace" in what:
+        return (
+            f"it writes in place into a tensor that is not a function of the latents{place}; "
+            "torch.stack and torch.where make a new one"
+        )
+    number = ("value out of a tracing tensor", "data-dependent", ".item()")
+    if any(words in what.lower() for words in number):
         sampler = _sampler(error)
         if sampler:
             return (

@@ -1,0 +1,158 @@
+"""From unconstrained numbers to the latents of a model and back, as effect handlers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pyro.poutine.enum_messenger import EnumMessenger
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+from torch.distributions import Transform, biject_to, constraints
+from torch.overrides import TorchFunctionMode
+
+from ppl_models.core.sites import SiteTable, base_support, describe
+from ppl_models.core.types import Distribution
+
+
+@dataclass(frozen=True)
+class Part:
+    """Where a latent is among the unconstrained numbers of one target, and its form in the model."""
+
+    name: str
+    span: slice
+    free: torch.Size  # of its unconstrained numbers
+    shape: torch.Size
+    axis: int | None  # of the plate over rows in a value, from the right
+    dtype: torch.dtype
+
+
+class Bijection(Messenger):
+    """Give each latent its value, and add up the log determinants of the Jacobians."""
+
+    def __init__(
+        self,
+        parts: dict[str, Part],
+        *,
+        own: bool,
+        summed: bool,
+        u: Tensor | None = None,
+        values: dict[str, Tensor] | None = None,
+    ) -> None:
+        super().__init__()
+        self.values: dict[str, Tensor] = {}
+        self.numbers: dict[str, Tensor] = {}
+        self.log_det: Tensor | float = 0.0
+        self._parts, self._own, self._summed = parts, own, summed
+        self._u, self._given = u, values or {}
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["done"] or msg["is_observed"] or site_is_subsample(msg):
+            return
+        name, fn = msg["name"], msg["fn"]
+        part = self._parts.get(name)
+        if part is None:
+            raise ValueError(
+                f"sample: site '{name}' is reached for some values of the latents only; they were "
+                f"{list(self._parts)}. The latents must be the same ones whatever their values."
+            )
+        transform = _bijection(name, fn)
+        numbers, value = self._both(part, transform)
+        now = fn.shape()
+        if self._summed:  # sites that are enumerated add dimensions on the left
+            now = now[max(0, len(now) - len(part.shape)) :]
+        if value.shape != part.shape or now != part.shape:
+            raise ValueError(
+                f"sample: site '{name}' has shape {tuple(fn.shape())} here and {tuple(part.shape)} "
+                "at other values of the latents. Shapes must not depend on values, and a support "
+                "not on an enumerated site."
+            )
+        self.log_det = self.log_det + _log_det(transform, fn, numbers, value).sum()
+        self.values[name], self.numbers[name] = value, numbers
+        msg["value"] = value.to(part.dtype) if self._own else value
+        msg["done"] = True
+
+    def _both(self, part: Part, transform: Any) -> tuple[Tensor, Tensor]:
+        if self._u is None:
+            value = self._given[part.name]
+            return transform.inv(value), value
+        numbers = self._u[part.span].reshape(part.free)
+        return numbers, transform(numbers)
+
+
+class Summed(EnumMessenger):
+    """Sum out what is marked for it: in parallel, also what is marked to be taken one by one."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["infer"].get("enumerate") == "sequential":
+            msg["infer"] = {**msg["infer"], "enumerate": "parallel"}
+        super()._pyro_sample(msg)
+
+
+class Unraised(TorchFunctionMode):
+    """Return NaN where a matrix has no factor or no inverse, in place of an error for all chains."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Replace a function that raises."""
+        safe = _SAFE.get(func)
+        if safe is None or "out" in (kwargs or {}):
+            return func(*args, **(kwargs or {}))
+        result, info = safe(*args, **(kwargs or {}))
+        failed = info.reshape(info.shape + (1,) * (result.ndim - info.ndim)) != 0
+        return torch.where(failed, math.nan, result)
+
+
+_SAFE: dict[Any, Callable[..., Any]] = {
+    torch.linalg.cholesky: torch.linalg.cholesky_ex,
+    torch.cholesky: lambda a, upper=False: torch.linalg.cholesky_ex(a, upper=upper),
+    Tensor.cholesky: lambda a, upper=False: torch.linalg.cholesky_ex(a, upper=upper),
+    torch.linalg.inv: torch.linalg.inv_ex,
+    torch.inverse: torch.linalg.inv_ex,
+    Tensor.inverse: torch.linalg.inv_ex,
+    torch.linalg.solve: torch.linalg.solve_ex,
+}
+
+
+def layout(table: SiteTable) -> dict[str, Part]:
+    """Lay the latents of a target out, one after the other."""
+    parts: dict[str, Part] = {}
+    stop = 0
+    for site in table.latents:
+        shape = site.fn.shape()
+        free = torch.Size(_bijection(site.name, site.fn).inverse_shape(shape))
+        start, stop = stop, stop + math.prod(free)
+        axis = None if site.data_dim is None else site.data_dim - len(site.event_shape)
+        parts[site.name] = Part(site.name, slice(start, stop), free, shape, axis, site.value.dtype)
+    return parts
+
+
+def _bijection(name: str, fn: Distribution) -> Transform:
+    try:
+        return biject_to(fn.support)
+    except NotImplementedError:
+        known = "a support that is not known"
+        with suppress(NotImplementedError):
+            known = f"support '{describe(fn.support)}'"
+        raise ValueError(
+            f"sample: site '{name}' has {known}, to which no bijection leads from unconstrained "
+            "numbers. Sample it on another support and transform it in the model, or register one "
+            "with torch.distributions.biject_to."
+        ) from None
+
+
+def _log_det(transform: Transform, fn: Distribution, numbers: Tensor, value: Tensor) -> Tensor:
+    """Return the log determinant of the Jacobian: NaN where the support is empty."""
+    log_det = transform.log_abs_det_jacobian(numbers, value)
+    support, _ = base_support(fn.support)
+    if isinstance(support, (constraints.interval, constraints.half_open_interval)):
+        some = support.lower_bound < support.upper_bound
+        if isinstance(some, Tensor):
+            return torch.where(some.all(), log_det, math.nan)
+    return log_det
