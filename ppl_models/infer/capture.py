@@ -246,7 +246,7 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, Untraceable):
         return str(error)
     own = Path(__file__).resolve().parents[1]
-    libraries = ("torch", "pyro", "contextlib", "unittest", "zuko")
+    libraries = ("torch", "pyro", "contextlib", "unittest", "zuko", "opt_einsum")
     place = ""
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         parts = Path(frame.filename).parts
@@ -258,7 +258,7 @@ def _reason(error: BaseException) -> str:
         break
     text = str(error).strip().splitlines()
     what = text[0] if text else type(error).__name__
-    if "inplace" in what:
+    if "inplace" in what or "doesn't match the broadcast shape" in what:
         return (
             f"it writes in place into a tensor that is not a function of the latents{place}; "
             "torch.stack and torch.where make a new one"

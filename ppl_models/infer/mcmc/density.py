@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from pyro import poutine
 from pyro.infer.mcmc.util import TraceEinsumEvaluator
+from pyro.ops.einsum import torch_log
 from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
@@ -27,7 +28,7 @@ from ppl_models.core.sites import (
 )
 from ppl_models.core.types import Batch
 from ppl_models.infer import backend, capture
-from ppl_models.infer.mcmc.transform import Bijection, Part, Summed, Unraised, layout
+from ppl_models.infer.mcmc.transform import Bijection, Part, Summed, Unraised, layout, log_of_sum
 
 CHUNK = 2**22  # numbers at the sites of all targets that are transformed at once
 
@@ -310,6 +311,7 @@ class Density:
         with (
             pyro.validation_enabled(False),
             patch.object(torch.distributions.Distribution, "__init__", capture._unvalidated),
+            patch.object(torch_log, "safe_log", log_of_sum),
             Unraised(),
         ):
             torch.set_default_dtype(self._precision.default or default)
@@ -320,8 +322,7 @@ class Density:
 
     def _settle(self) -> None:
         """Find by trials how the model can be run; refuse one that has no density."""
-        u = torch.randn(self.dim, 2, generator=torch.Generator().manual_seed(0)) / 2
-        u = u.to(self._device, self.dtype)
+        u = _points(self.dim, 2).to(self._device, self.dtype)
         alone = self._take_precision(u)
         self._refuse_noise(u[:, 0])
         whole, targets = self._batch, self.targets
@@ -337,6 +338,9 @@ class Density:
         except Exception as error:  # noqa: BLE001 - whatever torch or the model raises
             self.reason = capture._reason(error)
         self._batch, self.targets = whole, targets
+        if self.reason is not None:  # what a loop can do may depend on values: look at more of them
+            with self._conditions(), torch.no_grad():
+                self._one_by_one(_points(self.dim, 16).to(u) * 3)
 
     def _take_precision(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """Take the first precision in which the model runs, and return a few densities."""
@@ -440,6 +444,10 @@ def _to_targets(value: Tensor, part: Part | None) -> Tensor:
     if part is None or part.axis is None:
         return value.unsqueeze(1)
     return value.movedim(part.axis, 1).unsqueeze(part.axis)
+
+
+def _points(dim: int, count: int) -> Tensor:
+    return torch.randn(dim, count, generator=torch.Generator().manual_seed(0)) / 2
 
 
 def _firsts(batch: Batch) -> list[int]:

@@ -101,6 +101,8 @@ class Unraised(TorchFunctionMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Replace a function that raises."""
+        if func == _data_of:  # which Pyro reads shapes off, and vmap refuses
+            return args[0].detach()
         safe = _SAFE.get(func)
         if safe is None or "out" in (kwargs or {}):
             return func(*args, **(kwargs or {}))
@@ -108,6 +110,8 @@ class Unraised(TorchFunctionMode):
         failed = info.reshape(info.shape + (1,) * (result.ndim - info.ndim)) != 0
         return torch.where(failed, math.nan, result)
 
+
+_data_of = Tensor.data.__get__
 
 _SAFE: dict[Any, Callable[..., Any]] = {
     torch.linalg.cholesky: torch.linalg.cholesky_ex,
@@ -118,6 +122,16 @@ _SAFE: dict[Any, Callable[..., Any]] = {
     Tensor.inverse: torch.linalg.inv_ex,
     torch.linalg.solve: torch.linalg.solve_ex,
 }
+
+
+def log_of_sum(total: Tensor) -> Tensor:
+    """Take the logarithm of a sum of probabilities, with the exact gradient; zero has gradient zero.
+
+    Pyro's own bounds the gradient, wrongly where a sum is below machine precision, and it cannot be
+    vectorised.
+    """
+    some = total > 0
+    return torch.where(some, torch.where(some, total, 1.0).log(), -math.inf)
 
 
 def layout(table: SiteTable) -> dict[str, Part]:
