@@ -28,7 +28,8 @@ from ppl_models.core.picture import (
     to_array,
 )
 from ppl_models.core.sites import describe_program
-from ppl_models.infer.mcmc.posterior import Posterior, element_names, poorly_mixed
+from ppl_models.infer.mcmc.advice import poorly_mixed
+from ppl_models.infer.mcmc.posterior import Posterior, element_names
 from ppl_models.infer.svi import Fit
 
 SMOOTHED = 50  # a long run is smoothed over the epochs nearest to a fiftieth of it

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,9 @@ import torch
 from arviz_stats.base.array import array_stats
 from jaxtyping import Float
 from torch import Tensor
+
+from ppl_models.core.checks import check_known
+from ppl_models.infer.mcmc.advice import advice, header
 
 if TYPE_CHECKING:  # what draws is imported when it is asked for
     from matplotlib.figure import Figure
@@ -24,13 +28,24 @@ class Posterior(Mapping[str, Tensor]):
 
     Arguments:
         draws: The draws of each site.
-        divergences: Divergent transitions of each chain, shape (chains,).
-        accept: Mean acceptance probability of each chain, shape (chains,).
+        divergences: Divergent transitions of each chain, shape (chains,); counted from `divergent`
+            where that is given.
+        accept: Mean acceptance probability of each chain, shape (chains,) or (chains, N).
         seconds: Time taken, warm-up included, in seconds.
         warmup: Transitions spent on adaptation in each chain.
+        divergent: Which transitions diverged, shape (chains, draws), or (chains, draws, N) where
+            each of N rows was a target of its own, as for all that follows.
+        depth: Doublings of each trajectory, shape as `divergent`.
+        leapfrogs: Leapfrog steps of each trajectory, shape as `divergent`.
+        energy: Minus the log-density of each draw and its momentum, in nats, shape as `divergent`.
+        step_size: Of each chain, shape (chains,) or (chains, N).
+        max_depth: Doublings at which a trajectory was cut short.
+        target_accept: Acceptance probability that the step size was adapted to.
+        interrupted: Whether these are the draws that were there when sampling was stopped.
+        row_axis: Dimension of the rows in the draws of a site, where it is not the third.
 
     Raises:
-        ValueError: If the sites disagree on chains and draws.
+        ValueError: If the sites disagree on chains and draws, or a statistic has another shape.
 
     Example:
         >>> posterior = Posterior({"z": torch.randn(4, 100, 3)})
@@ -46,6 +61,15 @@ class Posterior(Mapping[str, Tensor]):
         accept: Tensor | None = None,
         seconds: float = 0.0,
         warmup: int = 0,
+        divergent: Tensor | None = None,
+        depth: Tensor | None = None,
+        leapfrogs: Tensor | None = None,
+        energy: Tensor | None = None,
+        step_size: Tensor | None = None,
+        max_depth: int | None = None,
+        target_accept: float | None = None,
+        interrupted: bool = False,
+        row_axis: Mapping[str, int] | None = None,
     ) -> None:
         shapes = {name: tuple(value.shape[:2]) for name, value in draws.items()}
         if not shapes or len(set(shapes.values())) > 1:
@@ -55,10 +79,52 @@ class Posterior(Mapping[str, Tensor]):
             )
         self._draws = dict(draws)
         self.chains, self.draws = next(iter(shapes.values()))
+        if divergent is not None:
+            divergences = divergent.reshape(self.chains, -1).sum(1)
         self.divergences = torch.zeros(self.chains) if divergences is None else divergences
         self.accept = torch.full((self.chains,), torch.nan) if accept is None else accept
         self.seconds = seconds
         self.warmup = warmup
+        self.divergent = divergent
+        self.depth = depth
+        self.leapfrogs = leapfrogs
+        self.energy = energy
+        self.step_size = step_size
+        self.max_depth = max_depth
+        self.target_accept = target_accept
+        self.interrupted = interrupted
+        self.rows = self._check_statistics()
+        self._row_axis = dict(row_axis or {})
+
+    def _check_statistics(self) -> int | None:
+        """Check the shapes of the statistics: how many rows were targets of their own, or None."""
+        lead = (self.chains, self.draws)
+        shapes = {
+            **{name: (tuple(value.shape), lead) for name, value in self.statistics().items()},
+            "accept": (tuple(self.accept.shape), lead[:1]),
+        }
+        if self.step_size is not None:
+            shapes["step_size"] = (tuple(self.step_size.shape), lead[:1])
+        tails = {name: shape[len(want) :] for name, (shape, want) in shapes.items()}
+        wrong = [name for name, (shape, want) in shapes.items() if shape[: len(want)] != want]
+        rows = {tail for tail in tails.values() if tail}
+        if wrong or len(rows) > 1 or any(len(tail) > 1 for tail in rows):
+            raise ValueError(
+                f"Posterior: statistics of transitions need shape {lead} or, for N rows that were "
+                f"targets of their own, {lead[:-1]} + ({self.draws}, N); accept and step_size the "
+                f"same without draws. Got { {name: shape for name, (shape, _) in shapes.items()} }."
+            )
+        return next(iter(rows))[0] if rows else None
+
+    def statistics(self) -> dict[str, Tensor]:
+        """Statistics of each transition that the sampler left, by name."""
+        found = {
+            "divergent": self.divergent,
+            "depth": self.depth,
+            "leapfrogs": self.leapfrogs,
+            "energy": self.energy,
+        }
+        return {name: value for name, value in found.items() if value is not None}
 
     def __getitem__(self, site: str) -> Float[Tensor, "chains draws ..."]:
         return self._draws[site]
@@ -86,12 +152,62 @@ class Posterior(Mapping[str, Tensor]):
         """Rank-normalised split R-hat of each element: above 1.01, chains have not mixed."""
         return self._each(array_stats.rhat)
 
-    def mcse(self) -> dict[str, Tensor]:
-        """Monte Carlo standard error of each posterior mean."""
-        return self._each(array_stats.mcse)
+    def mcse(self, kind: str = "mean") -> dict[str, Tensor]:
+        """Monte Carlo standard error of each posterior mean ("mean") or deviation ("sd")."""
+        check_known("kind of standard error", kind, ("mean", "sd"))
+        return self._each(array_stats.mcse, method=kind)
+
+    def ebfmi(self) -> Tensor:
+        r"""Fraction of missing information of each chain by its energies, shape (chains,).
+
+        .. math::
+
+            \frac{\sum_n (E_n - E_{n-1})^2}{\sum_n (E_n - \bar E)^2}
+
+        Near 2 for independent energies; below 0.3 the momenta change the energy too little for the
+        tails. With rows that were targets of their own, shape (chains, N).
+
+        Raises:
+            ValueError: If there are no energies.
+
+        Source:
+            Betancourt (2016). https://arxiv.org/abs/1604.00695
+        """
+        if self.energy is None:
+            raise ValueError(
+                "Posterior.ebfmi needs the energy of each transition, which the sampler did not "
+                "leave: Posterior(..., energy=...), shape (chains, draws)."
+            )
+        energy = self.energy.double()
+        jumps = energy.diff(dim=1).square().sum(1)
+        return jumps / (energy - energy.mean(1, keepdim=True)).square().sum(1)
+
+    @cached_property
+    def stuck(self) -> Tensor:
+        """Chains in which at least half of the transitions left the draw as it was, (chains,).
+
+        With rows that were targets of their own, shape (chains, N). They are kept in the draws.
+        """
+        shape = (self.chains,) if self.rows is None else (self.chains, self.rows)
+        continuous = {name: v for name, v in self.items() if v.is_floating_point() and v.numel()}
+        if not continuous or self.draws < 2:
+            return torch.zeros(shape, dtype=torch.bool)
+        moved = torch.zeros(())
+        for name, value in continuous.items():
+            if self.rows is None:
+                value = value.reshape(self.chains, self.draws, 1, -1)
+            else:
+                value = value.movedim(self._row_axis.get(name, 2), 2).flatten(3)
+                value = value.reshape(self.chains, self.draws, self.rows, -1)
+            changed = (value[:, 1:] != value[:, :-1]).any(-1)
+            moved = moved.to(changed) | changed if moved.ndim else changed
+        return (moved.double().mean(1) <= 0.5).reshape(shape)
 
     def summary(self) -> pd.DataFrame:
-        """Tabulate each element: mean, its error, sd, quantiles, and diagnostics."""
+        """Tabulate each element: mean, its error, sd, quantiles, and diagnostics.
+
+        Where the time is known there is a column of `ess_bulk` per second, warm-up included.
+        """
         statistics: dict[str, dict[str, Tensor]] = {
             "mean": self.mean(),
             "mcse": self.mcse(),
@@ -105,8 +221,11 @@ class Posterior(Mapping[str, Tensor]):
         statistics |= {
             "ess_bulk": self.ess("bulk"),
             "ess_tail": self.ess("tail"),
-            "r_hat": self.rhat(),
         }
+        if self.seconds > 0:
+            sizes = statistics["ess_bulk"]
+            statistics["ess_bulk/s"] = {name: sizes[name] / self.seconds for name in sizes}
+        statistics["r_hat"] = self.rhat()
         index = [label for name in self for label in element_names(name, self[name].shape[2:])]
         columns = {
             title: torch.cat([values[name].flatten().double().cpu() for name in self]).numpy()
@@ -163,30 +282,70 @@ class Posterior(Mapping[str, Tensor]):
 
         return plot_pairs(self, sites=sites, limit=limit, figure=figure)
 
+    def predictive(
+        self,
+        model: Callable[..., Any],
+        *arguments: Any,
+        sites: str | Sequence[str] | None = None,
+        limit: int = 1000,
+        seed: int | None = None,
+    ) -> dict[str, Tensor]:
+        """Draw what the model observes anew, once for each posterior draw of its latents.
+
+        A model that takes `size` is called as `model(size=n)`; any other is called with its
+        arguments, and what it observes is drawn instead: covariates stay, a regression `model(x,
+        y=None)` needs no `y`, and a time series is predicted one step ahead. The draws are made in
+        chunks that keep within a quarter of a gibibyte, all of a chunk at once where the model runs
+        under `torch.vmap`.
+
+        Arguments:
+            model: The model whose latents these are. Discrete latents that it marks to be summed
+                out are drawn from their prior given the others: new rows, not the ones seen.
+            arguments: As for `sample`; other rows or covariates will do where no latent is local.
+            sites: Observed or deterministic sites to return, by default all.
+            limit: Draws at most: more are thinned, evenly over chains and draws.
+            seed: An integer isolates and reproduces; None draws from the global random stream.
+
+        Returns:
+            For each site its draws, shape (draws, *batch, *event).
+
+        Raises:
+            ValueError: If a latent of the model is missing here or has another shape, a site is
+                unknown, or `limit` is not positive.
+
+        Example:
+            >>> from ppl_models import PPCA
+            >>> model = PPCA(data_dim=3, latent_dim=1)
+            >>> posterior = Posterior({"z": torch.randn(4, 100, 2, 1)})
+            >>> posterior.predictive(model, torch.zeros(2, 3), limit=50)["x"].shape
+            torch.Size([50, 2, 3])
+        """
+        from ppl_models.infer.mcmc.predictive import predictive
+
+        return predictive(self, model, arguments, sites=sites, limit=limit, seed=seed)
+
+    def to_datatree(self) -> Any:
+        """Hand the draws and their statistics to ArviZ, under ArviZ's names.
+
+        Groups `posterior` and `sample_stats` (diverging, tree_depth, n_steps, energy, step_size,
+        reached_max_treedepth), each (chain, draw, ...).
+
+        Raises:
+            ImportError: If arviz-base is not installed.
+        """
+        from ppl_models.infer.mcmc.datatree import to_datatree
+
+        return to_datatree(self)
+
     def __str__(self) -> str:
         table = self.summary()
         formats: dict[Any, Callable[[float], str]] = dict.fromkeys(table.columns, "{:.3g}".format)
-        formats |= {"ess_bulk": "{:.0f}".format, "ess_tail": "{:.0f}".format}
-        formats |= {"r_hat": "{:.3f}".format}
-        worst = float(table["r_hat"].to_numpy().max())
-        lines = [
-            f"{self.chains} chains of {self.draws} draws after {self.warmup} of warm-up",
-            f"{self.seconds:.1f} s, {int(self.divergences.sum())} divergences",
-            table.to_string(formatters=formats, max_rows=40),
-        ]
-        least = float(table["ess_bulk"].to_numpy().min())
-        if poorly_mixed(worst, least, self.chains):
-            lines.append(
-                f"R-hat reaches {worst:.3f} and ESS falls to {least:.0f}: good are below 1.01 and "
-                f"above {100 * self.chains}. Run longer; if that does not help, look for several "
-                "modes."
-            )
-        if self.divergences.sum() > 0:
-            lines.append(
-                "Divergences: part of the posterior was too curved for the step size. Raise "
-                "target_accept, or reparametrise the model."
-            )
-        return "\n".join(lines)
+        for column in ("ess_bulk", "ess_tail", "ess_bulk/s"):
+            formats[column] = "{:.0f}".format
+        formats["r_hat"] = "{:.3f}".format
+        return "\n".join(
+            [*header(self), table.to_string(formatters=formats, max_rows=40), *advice(self, table)]
+        )
 
     def __repr__(self) -> str:
         shapes = {name: tuple(value.shape) for name, value in self.items()}
@@ -201,12 +360,6 @@ class Posterior(Mapping[str, Tensor]):
             found = torch.as_tensor(np.asarray(computed), device=value.device)
             result[name] = found.reshape(value.shape[2:])
         return result
-
-
-def poorly_mixed(rhat: float, ess: float, chains: int) -> bool:
-    """Whether R-hat and ESS say that draws are not to be trusted."""
-    # Among many elements one is above 1.01 by chance, however good the draws.
-    return rhat > 1.05 or (rhat > 1.01 and ess < 100 * chains)
 
 
 def element_names(name: str, shape: torch.Size) -> list[str]:
