@@ -67,6 +67,7 @@ class Density:
         targets: How many targets there are.
         double: Whether the model runs in double precision, whatever its parameters' own.
         dtype: Of the unconstrained numbers that `unconstrain` returns.
+        device: Where they are.
         reason: Why chains are run one by one; None if they are vectorised.
     """
 
@@ -80,7 +81,7 @@ class Density:
         self._parts = layout(table)
         self.dim = max(part.span.stop for part in self._parts.values())
         self.dtype = torch.float64 if double else _widest(self._parts.values())
-        self._device = table.latents[0].value.device
+        self.device = table.latents[0].value.device
         self._summed = any(site.enumerated for site in table)
         self._evaluator: TraceEinsumEvaluator | None = None
         self._given, self._precision = batch, _OWN
@@ -322,7 +323,7 @@ class Density:
 
     def _settle(self) -> None:
         """Find by trials how the model can be run; refuse one that has no density."""
-        u = _points(self.dim, 2).to(self._device, self.dtype)
+        u = _points(self.dim, 2).to(self.device, self.dtype)
         alone = self._take_precision(u)
         self._refuse_noise(u[:, 0])
         whole, targets = self._batch, self.targets

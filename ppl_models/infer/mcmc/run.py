@@ -2,43 +2,46 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
-import pyro.infer
 import torch
 from torch import Tensor, nn
 
-from ppl_models.core.batch import (
-    as_batch,
-    check_device,
-    check_model,
-    check_programs,
-    moved,
-    parameter_like,
-)
+from ppl_models.core.batch import as_batch, check_device, check_model, check_programs, moved
 from ppl_models.core.checks import check_count
 from ppl_models.core.modes import evaluation_mode
-from ppl_models.core.random import seeded, stream
+from ppl_models.core.random import seeded
 from ppl_models.core.sites import SiteTable, describe, describe_program
 from ppl_models.core.store import own_parameters
+from ppl_models.core.types import Batch
+from ppl_models.infer.mcmc.adaptation import groups_of, warm_up, windows
+from ppl_models.infer.mcmc.density import Density, density_of
+from ppl_models.infer.mcmc.engine import Engine
 from ppl_models.infer.mcmc.posterior import Posterior
+from ppl_models.infer.mcmc.start import anywhere, at_guide
 from ppl_models.infer.progress import progress_bar
 
-_DIAGNOSTICS = ("divergences", "acceptance rate")
+Compile = bool | Literal["now"]
+
+NUMBERS = 2**27  # that the chains of rows that are sampled together may hold
+TREE = 8  # leapfrog steps of a transition, as expected
+LEAPFROGS, TICKS = 20_000, 4_000  # expected of all chains, and of each: below, nothing is compiled
 
 
 @dataclass(frozen=True)
 class NUTS:
-    """The no-U-turn sampler.
+    """The no-U-turn sampler, all chains at once.
 
     Arguments:
-        target_accept: Acceptance probability that the step size is adapted to.
-        max_depth: A trajectory has at most `2 ** max_depth` leapfrog steps.
-        dense: Adapt a full mass matrix, not only a diagonal.
+        target_accept: Acceptance probability that step sizes are adapted to.
+        max_depth: A trajectory has at most `2 ** max_depth - 1` leapfrog steps.
+        dense: Adapt a full metric, not only a scale of each coordinate.
+        float32: Keep positions and energies in single precision.
 
     Source:
         Hoffman & Gelman (2014). https://jmlr.org/papers/v15/hoffman14a.html
@@ -47,45 +50,13 @@ class NUTS:
     target_accept: float = 0.8
     max_depth: int = 10
     dense: bool = False
+    float32: bool = False
 
     def __post_init__(self) -> None:
         if not 0.0 < self.target_accept < 1.0:
             raise ValueError(f"NUTS: target_accept must be in (0, 1), got {self.target_accept}.")
-        if self.max_depth < 1:
-            raise ValueError(f"NUTS: max_depth must be at least 1, got {self.max_depth}.")
-
-    def chain(
-        self,
-        program: Callable[[], Any],
-        *,
-        warmup: int,
-        draws: int,
-        on_draw: Callable[[int, str], None],
-    ) -> tuple[dict[str, Tensor], int, float]:
-        """Run one chain: draws of each site, divergences, and mean acceptance probability."""
-        kernel = pyro.infer.NUTS(
-            program,
-            target_accept_prob=self.target_accept,
-            max_tree_depth=self.max_depth,
-            full_mass=self.dense,
-        )
-
-        def hook(kernel: Any, _: Any, stage: str, number: int) -> None:
-            done = number if stage.lower().startswith("warmup") else warmup + number
-            on_draw(done + 1, f"step {kernel.step_size:.3g}, {stage.lower()}")
-
-        mcmc = pyro.infer.MCMC(
-            kernel,
-            num_samples=draws,
-            warmup_steps=warmup,
-            disable_progbar=True,
-            hook_fn=hook,
-        )
-        mcmc.run()
-        samples = {name: value.detach() for name, value in mcmc.get_samples().items()}
-        diagnostics = mcmc.diagnostics()
-        found = {name: diagnostics[name]["chain 0"] for name in _DIAGNOSTICS}
-        return samples, len(found["divergences"]), float(found["acceptance rate"])
+        if not 1 <= self.max_depth <= 20:
+            raise ValueError(f"NUTS: max_depth must be from 1 to 20, got {self.max_depth}.")
 
 
 def sample(
@@ -96,6 +67,8 @@ def sample(
     draws: int = 1000,
     warmup: int = 1000,
     rows: bool = False,
+    init: Callable[..., Any] | None = None,
+    compile: Compile = True,
     seed: int | None = None,
     device: torch.device | str | None = None,
     plate: str = "data",
@@ -103,27 +76,37 @@ def sample(
 ) -> Posterior:
     r"""Sample the posterior of a model's latents, its parameters fixed.
 
+    All chains, and with `rows` all rows, advance together by one leapfrog step at a time, each in
+    its own trajectory.
+
     Arguments:
         model: Any Pyro model with continuous latents. Discrete ones must be marked for enumeration.
         batch: The data that it is conditioned on; nothing for a model without arguments.
         sampler: By default `NUTS()`.
-        chains: Independent chains.
+        chains: Independent chains. From 16 on they learn step size and metric together.
         draws: Draws kept from each chain.
         warmup: Transitions before that, for adaptation.
         rows: False samples the joint posterior of all latents. True says that each row's local
             latents are a target of their own, given the parameters; a model with global latents
-            is refused. (All rows are one joint target for now: the same posterior.)
-        seed: An integer isolates and reproduces; None draws from the global random stream.
+            is refused.
+        init: A fitted guide, whose draws are where chains start and give the first metric; by
+            default chains start uniformly in (-2, 2) on the unconstrained space.
+        compile: Whether long sampling is compiled, which takes seconds for a model that is new;
+            "now" compiles any, False none.
+        seed: An integer isolates and reproduces; None draws from the global random stream. The
+            draws of a chain depend on the seed and on its number, with up to 15 chains on nothing
+            else.
         device: Where to sample, by default where the model's parameters are. A module is moved.
         plate: Name of the plate over rows.
         progress: Whether to show a bar, or a label for it; None shows it on a terminal.
 
     Returns:
-        Draws of each site, shape (chains, draws, *batch, *event).
+        Draws of each site, shape (chains, draws, *batch, *event). Ctrl-C keeps those so far.
 
     Raises:
         ValueError: If an argument is out of range, the data are not what the model describes, a
-            latent is discrete, there is none, or `rows` does not apply.
+            latent is discrete, there is none, no start with a finite density is found, the draws
+            do not fit into memory, or `rows` does not apply.
 
     Source:
         Hoffman & Gelman (2014). https://jmlr.org/papers/v15/hoffman14a.html
@@ -144,41 +127,223 @@ def sample(
     sampler = NUTS() if sampler is None else sampler
     start = time.perf_counter()
     with (
-        moved(place, model),
-        own_parameters(model),
+        moved(place, model, init),
+        own_parameters(model, init),
         _frozen(model),
-        _default_dtype(parameter_like(model)),
         torch.enable_grad(),
-        evaluation_mode(model),
+        evaluation_mode(model, init),
         seeded(seed),
     ):
         size = len(arguments[0]) if arguments else 1
         table = check_model(model, arguments, plate=plate, rows=size)
         _check_latents(model, table, rows=rows)
-        base = seed if seed is not None else int(torch.randint(2**31, ()))
+        task = _Task(
+            sampler=NUTS() if sampler is None else sampler,
+            chains=chains,
+            draws=draws,
+            warmup=warmup,
+            seed=seed if seed is not None else int(torch.randint(2**31, ())),
+            compile=compile,
+            init=init,
+        )
+        axes = {
+            site.name: site.data_dim - len(site.event_shape)
+            for site in table.latents
+            if site.data_dim is not None
+        }
+        at_once = _rows_at_once(table, size, task) if rows else size
+        _check_memory(table, chains * draws)
         label = progress if isinstance(progress, str) else "sample"
         show = True if isinstance(progress, str) else progress
-        results = []
-        with progress_bar(chains * (warmup + draws), label, show) as bar:
-            for chain in range(chains):
-                done = chain * (warmup + draws)
-                # A stream for each chain: chain k does not depend on the number of chains.
-                with seeded(stream(base, chain)):
-                    results.append(
-                        sampler.chain(
-                            lambda: model(*arguments),
-                            warmup=warmup,
-                            draws=draws,
-                            on_draw=lambda number, status, done=done: bar(done + number, status),
-                        )
-                    )
+        firsts = [min(first, size - at_once) for first in range(0, size, at_once)]
+        outcomes: list[_Outcome] = []
+        with progress_bar(len(firsts) * (warmup + draws), label, show) as bar:
+            for number, first in enumerate(firsts):
+                part = tuple(value[first : first + at_once] for value in arguments)
+                density = density_of(
+                    model, part, table, rows=rows, plate=plate, double=not task.sampler.float32
+                )
+                before = number * (warmup + draws)
+                outcome = task.run(
+                    density,
+                    part,
+                    first if rows else None,
+                    lambda done, status, before=before: bar(before + done, status),
+                )
+                known = number * at_once - first  # rows of the last part that others had
+                outcomes.append(outcome.without(known, axes) if known else outcome)
+                if outcome.interrupted and number < len(firsts) - 1:
+                    raise KeyboardInterrupt  # the other rows have no draws yet
+    return _posterior(outcomes, axes, task, seconds=time.perf_counter() - start)
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """What a run has come to: values (chains, draws, ...), and statistics of each transition.
+
+    These have shape (chains, draws), or (chains, draws, rows).
+    """
+
+    values: dict[str, Tensor]
+    statistics: dict[str, Tensor]
+    step_size: Tensor  # (chains,) or (chains, rows)
+    rung: str
+    interrupted: bool
+
+    def without(self, rows: int, axes: dict[str, int]) -> _Outcome:
+        """Return it without the first rows."""
+        return replace(
+            self,
+            values={
+                name: value.narrow(axes[name], rows, value.shape[axes[name]] - rows)
+                for name, value in self.values.items()
+            },
+            statistics={name: value[..., rows:] for name, value in self.statistics.items()},
+            step_size=self.step_size[..., rows:],
+        )
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What is asked for, of the joint posterior or of some rows."""
+
+    sampler: NUTS
+    chains: int
+    draws: int
+    warmup: int
+    seed: int
+    compile: Compile
+    init: Callable[..., Any] | None
+
+    def run(
+        self,
+        density: Density,
+        batch: Batch,
+        first_row: int | None,
+        report: Callable[[int, str], None],
+    ) -> _Outcome:
+        """Sample a density, whose first row has some number among all rows."""
+        targets, device = density.targets, density.device
+        ids = torch.arange(self.chains, device=device).repeat_interleave(targets)
+        if first_row is not None:
+            row = torch.arange(first_row, first_row + targets, device=device)
+            ids = ids + (row << 20).repeat(self.chains)
+        first_metric = None
+        report(0, "preparing")
+        if self.init is None:
+            positions = anywhere(density, ids, self.seed)
+        else:
+            positions, first_metric = at_guide(density, self.init, batch, self.chains, self.seed)
+        engine = Engine(
+            density,
+            positions,
+            seed=self.seed,
+            ids=ids,
+            depth=self.sampler.max_depth,
+            target=self.sampler.target_accept,
+            slots=max(self.draws, *(window.transitions for window in windows(self.warmup)), 1),
+            dense=self.sampler.dense,
+            compile=self._compiles(len(ids)),
+            wait=lambda: _waited(report),
+        )
+        groups = groups_of(self.chains, targets, device)
+        if first_metric is not None:
+            engine.learn(first_metric, torch.arange(targets, device=device).repeat(self.chains))
+
+        def watch(made: int) -> bool:
+            report(made, engine.status())
+            return True
+
+        if not warm_up(engine, groups, windows(self.warmup), watch):
+            raise KeyboardInterrupt
+        draws = engine.run(self.draws, adapts=False, watch=lambda made: watch(self.warmup + made))
+        if len(draws) < min(4, self.draws):
+            raise KeyboardInterrupt
+
+        def shaped(value: Tensor) -> Tensor:  # (C, n, ...) to (chains, n, [rows,] ...)
+            value = value.unflatten(0, (self.chains, targets))
+            return value.squeeze(1) if first_row is None else value.transpose(1, 2)
+
+        step = engine.tuning.step.clone().unflatten(0, (self.chains, targets))
+        statistics = {
+            "accept": draws.accept,
+            "divergent": draws.divergent,
+            "depth": draws.depth,
+            "leapfrogs": draws.leaves,
+            "energy": draws.energy,
+        }
+        return _Outcome(
+            density.constrain(shaped(draws.u)),
+            {name: shaped(value) for name, value in statistics.items()},
+            step.squeeze(1) if first_row is None else step,
+            engine.rung,
+            len(draws) < self.draws,
+        )
+
+    def _compiles(self, columns: int) -> bool:
+        ticks = TREE * (self.warmup + self.draws)
+        pays = ticks * columns >= LEAPFROGS and ticks >= TICKS
+        return self.compile == "now" or (self.compile is True and pays)
+
+
+def _waited(report: Callable[[int, str], None]) -> bool:
+    """Wait a little for the compiler."""
+    report(0, "compiling")
+    time.sleep(0.02)
+    return True
+
+
+def _posterior(
+    outcomes: list[_Outcome], axes: dict[str, int], task: _Task, seconds: float
+) -> Posterior:
+    """Put the rows together again."""
+    first = outcomes[0]
+    values, statistics, step_size = first.values, first.statistics, first.step_size
+    if len(outcomes) > 1:
+        values = {
+            name: torch.cat([part.values[name] for part in outcomes], axis)
+            for name, axis in axes.items()
+        }
+        statistics = {
+            name: torch.cat([part.statistics[name] for part in outcomes], -1) for name in statistics
+        }
+        step_size = torch.cat([part.step_size for part in outcomes], -1)
+    accept = statistics["accept"].double().flatten(1).mean(1)
     return Posterior(
-        {name: torch.stack([draw[name] for draw, _, _ in results]) for name in results[0][0]},
-        divergences=torch.tensor([divergences for _, divergences, _ in results]),
-        accept=torch.tensor([accept for _, _, accept in results]),
-        seconds=time.perf_counter() - start,
-        warmup=warmup,
+        values,
+        **{name: value for name, value in statistics.items() if name != "accept"},
+        accept=accept,
+        step_size=step_size,
+        max_depth=task.sampler.max_depth,
+        target_accept=task.sampler.target_accept,
+        interrupted=first.interrupted,
+        row_axis=axes,
+        seconds=seconds,
+        warmup=task.warmup,
     )
+
+
+def _rows_at_once(table: SiteTable, size: int, task: _Task) -> int:
+    """How many rows can be sampled together: as many in each part, but for a few in the last."""
+    numbers = sum(site.value.numel() for site in table) / size
+    latents = sum(site.value.numel() for site in table.latents) / size
+    column = 8 * numbers + (20 + 4 * task.sampler.max_depth) * latents
+    most = max(1, int(NUMBERS / (column * task.chains)))
+    return -(-size // -(-size // most))
+
+
+def _check_memory(table: SiteTable, draws: int) -> None:
+    """Refuse draws that would not fit, before they are made."""
+    need = 16.0 * draws * sum(site.value.numel() for site in table.latents)
+    try:
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return  # not told on this system
+    if need > free:
+        raise ValueError(
+            f"sample: {draws:,} draws of all chains need about {need / 2**30:.0f} GiB, and this "
+            f"machine has {free / 2**30:.0f}. Ask for fewer draws, chains or rows."
+        )
 
 
 def _check_latents(model: Callable[..., Any], table: SiteTable, *, rows: bool) -> None:
@@ -206,18 +371,6 @@ def _check_latents(model: Callable[..., Any], table: SiteTable, *, rows: bool) -
             f"{[site.name for site in table.globals]} are shared by all rows of {name}. "
             "Use rows=False for the joint posterior."
         )
-
-
-@contextmanager
-def _default_dtype(like: Tensor | None) -> Iterator[None]:
-    """Let Pyro's sampler work in the precision of the model: it takes torch's default."""
-    before = torch.get_default_dtype()
-    if like is not None:
-        torch.set_default_dtype(like.dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 @contextmanager

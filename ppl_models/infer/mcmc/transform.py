@@ -111,7 +111,8 @@ class Unraised(TorchFunctionMode):
         return torch.where(failed, math.nan, result)
 
 
-_data_of = Tensor.data.__get__
+_tensor: Any = Tensor
+_data_of = _tensor.data.__get__
 
 _SAFE: dict[Any, Callable[..., Any]] = {
     torch.linalg.cholesky: torch.linalg.cholesky_ex,

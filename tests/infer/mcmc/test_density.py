@@ -382,7 +382,7 @@ def test_what_cannot_be_vectorised_is_looped_over_and_says_why(model: Any, words
 def test_a_recording_is_the_density_at_any_point(model: Any, batch: Any, rows: bool) -> None:
     density = build(model, *batch, rows=rows)
     u = torch.randn(density.dim, 2 * density.targets)
-    with capture._recordable():
+    with capture.recordable():
         graph = backend.trace(lambda u: density(u), u)
     elsewhere = torch.randn(density.dim, 2 * density.targets)
     for got, want in zip(graph(elsewhere), density(elsewhere), strict=True):
@@ -405,7 +405,7 @@ def test_a_matrix_without_a_factor_is_not_a_number_for_its_chain_only() -> None:
     want = [scipy.stats.multivariate_normal.logpdf(x[0], cov=[[1, r], [r, 1]]) for r in (0.5, -0.2)]
     prior = scipy.stats.norm.logpdf([0.5, -0.2], 0.0, 0.1)
     assert_close(logp[[0, 2]], torch.tensor(want + prior), **EXACT)
-    with capture._recordable():
+    with capture.recordable():
         graph = backend.trace(lambda u: density(u), u[:, :1].expand(1, 4).clone())
     assert graph(u)[0].isfinite().tolist() == fine
     density.reason = "asked for"

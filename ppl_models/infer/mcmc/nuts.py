@@ -1,0 +1,290 @@
+"""The no-U-turn sampler, one leapfrog of every chain at a time.
+
+A *tick* moves each chain by one leapfrog step of its trajectory. Where that completes a subtree,
+the subtree is merged; where it completes the trajectory, a draw is written and the next trajectory
+begins. So no chain waits for the trajectory of another one, and nothing is decided in Python.
+
+Positions are whitened: unit scale under the metric, whose only place is the density. Chains are
+last in memory: arrays are (D, C), or (K, D, C) with one slot for each level of a tree.
+
+Sources:
+    Hoffman & Gelman (2014). https://jmlr.org/papers/v15/hoffman14a.html
+    Betancourt (2017), appendix A: multinomial sampling, the generalised U-turn.
+    https://arxiv.org/abs/1701.02434
+    Phan, Pradhan & Jankowiak (2019): the tree without recursion. https://arxiv.org/abs/1912.11554
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ppl_models.infer.mcmc.hashing import Stream, normals, uniforms
+
+DIVERGENCE = 1000.0  # loss of energy, in nats, at which a trajectory is given up
+
+LogDensity = Callable[[Tensor], tuple[Tensor, Tensor]]  # (D, C) to (C,) and (D, C)
+
+
+class Trajectory(NamedTuple):
+    """What the chains are doing: a tree of leaves, to which a subtree is being added.
+
+    The moving end is where the next leaf is added; the far end is where the tree began to grow.
+    Energies and weights are in nats.
+    """
+
+    q: Tensor  # moving end: position (D, C),
+    r: Tensor  # momentum,
+    g: Tensor  # gradient of the log density
+    far_q: Tensor
+    far_r: Tensor
+    far_g: Tensor
+    tree_q: Tensor  # the proposal of the tree, at the start of a transition the last draw
+    tree_g: Tensor
+    tree_u: Tensor  # its log density (C,)
+    sub_q: Tensor  # the proposal of the subtree
+    sub_g: Tensor
+    sub_u: Tensor
+    tree_rho: Tensor  # sum of the momenta of the tree (D, C)
+    sub_rho: Tensor  # and of the subtree
+    first_r: Tensor  # momentum of the first leaf of the subtree
+    inner_r: Tensor  # and of the leaf of the tree next to it
+    tree_weight: Tensor  # log of the summed weights (C,)
+    sub_weight: Tensor
+    energy: Tensor  # at the start (C,)
+    accept: Tensor  # summed acceptance probabilities of the leaves (C,)
+    leaves: Tensor  # how many (C,), int64
+    forward: Tensor  # whether the moving end moves forward in time (C,), bool
+    depth: Tensor  # doublings done (C,), int64
+    leaf: Tensor  # number of the next leaf in the subtree (C,), int64
+    even_r: Tensor  # at the last even leaf of each level: its momentum (K + 1, D, C),
+    even_rho: Tensor  # the sum of the momenta before it,
+    even_dot: Tensor  # its momentum times the sum from it on (K, C)
+    odd_r: Tensor  # the same at the odd leaf before it
+    odd_rho: Tensor
+    odd_dot: Tensor
+
+
+class Record(NamedTuple):
+    """What is written at the end of each transition; the last slot takes what nobody asked for."""
+
+    q: Tensor  # (C, N + 1, D)
+    energy: Tensor  # (C, N + 1)
+    accept: Tensor  # mean acceptance probability of the leaves
+    leaves: Tensor  # int64
+    depth: Tensor  # int64
+    divergent: Tensor  # bool
+
+
+def begin(q: Tensor, log_density: LogDensity, stream: Stream, depth_limit: int) -> Trajectory:
+    """Return chains about to start a transition from whitened positions q, shape (D, C)."""
+    dim, chains = q.shape
+    u, g = log_density(q)
+    r = normals(stream, dim).to(q.dtype)
+    zero, none = torch.zeros_like(u), torch.zeros(chains, dtype=torch.int64, device=q.device)
+    levels = q.new_zeros(depth_limit + 1, dim, chains)
+    dots = q.new_zeros(depth_limit, chains)
+    energy = 0.5 * (r * r).sum(0) - u
+    forward = uniforms(stream, 1)[0] < 0.5
+    made = Trajectory(
+        *(q, r, g, q, r, g, q, g, u, q, g, u),
+        *(r, r, r, r, zero, zero, energy, zero, none, forward, none, none),
+        *(levels, levels, dots, levels, levels, dots),
+    )
+    return Trajectory(*(value.clone() for value in made))
+
+
+class Tuning(NamedTuple):
+    """The step size of each chain, and its dual averaging; shapes (C,), or () where noted."""
+
+    step: Tensor  # step size, of whitened positions
+    centre: Tensor  # log step size that it is drawn to
+    average: Tensor  # weighted mean of the log step sizes
+    error: Tensor  # weighted mean of target less acceptance
+    updates: Tensor  # how many
+    slot: Tensor  # draws written, int64
+    goal: Tensor  # draws asked for (), int64
+    target: Tensor  # acceptance aimed at ()
+    adapts: Tensor  # 1.0 where the step size is adapted, else 0.0 ()
+    depth: Tensor  # doublings allowed (), int64
+
+
+def tick(
+    state: Trajectory, stream: Stream, record: Record, tuning: Tuning, log_density: LogDensity
+) -> tuple[Trajectory, Stream, Record, Tuning]:
+    """Take one leapfrog step in each chain; marks of levels and the record are changed in place.
+
+    Arguments:
+        state: What the chains are doing.
+        stream: Their random streams.
+        record: What has been written.
+        tuning: Step sizes, and what is asked for.
+        log_density: The target, of whitened positions.
+
+    Returns:
+        All of it afterwards.
+    """
+    s = state
+    dim = len(s.q)
+    luck = uniforms(stream, 3).to(s.q.dtype)
+
+    step = torch.where(s.forward, tuning.step, -tuning.step)
+    r = s.r + 0.5 * step * s.g
+    q = s.q + step * r
+    u, g = log_density(q)
+    r = r + 0.5 * step * g
+
+    # The leaf: its weight, and whether it is the proposal of its subtree.
+    gain = s.energy + u - 0.5 * (r * r).sum(0)
+    diverges = ~(gain > -DIVERGENCE) | (gain == torch.inf)  # a gain that is no number diverges
+    gain = torch.where(diverges, -DIVERGENCE, gain)
+    is_first = s.leaf == 0
+    sub_weight = torch.where(is_first, gain, torch.logaddexp(s.sub_weight, gain))
+    takes = luck[0] < torch.exp(gain - sub_weight)
+    sub_q, sub_g, sub_u = (
+        torch.where(takes, new, old) for new, old in ((q, s.sub_q), (g, s.sub_g), (u, s.sub_u))
+    )
+    sub_rho = torch.where(is_first, r, s.sub_rho + r)
+    first_r = torch.where(is_first, r, s.first_r)
+    inner_r = torch.where(is_first, s.r, s.inner_r)
+    accept = s.accept + torch.exp(torch.clamp(gain, max=0.0))
+    leaves = s.leaves + 1
+
+    turns, marks = _turns_within(s, r, sub_rho)
+
+    # The subtree, once it is complete: whether the tree that it would make is one.
+    is_complete = s.leaf + 1 == torch.bitwise_left_shift(torch.ones_like(s.depth), s.depth)
+    fails = diverges | turns
+    merges = is_complete & ~fails
+    tree_rho = s.tree_rho + sub_rho
+    near, far = s.tree_rho + first_r, inner_r + sub_rho
+    turns = _turns(s.far_r, r, tree_rho) | _turns(s.far_r, first_r, near) | _turns(inner_r, r, far)
+    swaps = merges & (luck[1] < torch.exp(sub_weight - s.tree_weight))  # biased to the new half
+    tree_q, tree_g, tree_u = (
+        torch.where(swaps, new, old)
+        for new, old in ((sub_q, s.tree_q), (sub_g, s.tree_g), (sub_u, s.tree_u))
+    )
+    tree_weight = torch.logaddexp(s.tree_weight, sub_weight)
+    depth = s.depth + is_complete
+    ends = fails | (merges & (turns | (depth >= tuning.depth)))
+
+    # The next leaf: of the same subtree, of another one at either end, or of another tree.
+    forward = torch.where(is_complete | ends, luck[2] < 0.5, s.forward)
+    flips = is_complete & (forward != s.forward)
+    fresh = normals(stream, dim, first=3).to(q.dtype)
+    zero = torch.zeros_like(u)
+
+    def moved(here: Tensor, there: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
+        at = torch.where(ends, new, torch.where(flips, there, here))
+        return at, torch.where(ends, new, torch.where(flips, here, there))
+
+    (q, far_q), (r, far_r), (g, far_g) = (
+        moved(q, s.far_q, tree_q),
+        moved(r, s.far_r, fresh),
+        moved(g, s.far_g, tree_g),
+    )
+    after = Trajectory(
+        *(q, r, g, far_q, far_r, far_g, tree_q, tree_g, tree_u, sub_q, sub_g, sub_u),
+        tree_rho=torch.where(ends, fresh, torch.where(merges, tree_rho, s.tree_rho)),
+        sub_rho=sub_rho,
+        first_r=first_r,
+        inner_r=inner_r,
+        tree_weight=torch.where(ends, zero, torch.where(merges, tree_weight, s.tree_weight)),
+        sub_weight=sub_weight,
+        energy=torch.where(ends, 0.5 * (fresh * fresh).sum(0) - tree_u, s.energy),
+        accept=torch.where(ends, zero, accept),
+        leaves=torch.where(ends, 0, leaves),
+        forward=forward,
+        depth=torch.where(ends, 0, depth),
+        leaf=torch.where(ends | is_complete, 0, s.leaf + 1),
+        **marks,
+    )
+    is_asked = ends & (tuning.slot < tuning.goal)
+    rate = accept / leaves
+    written = Record(tree_q, s.energy, rate, leaves, depth, diverges)
+    return (
+        after,
+        stream._replace(tick=stream.tick + 1),
+        _write(record, written, torch.where(is_asked, tuning.slot, record.energy.shape[1] - 1)),
+        _tuned(tuning, rate, is_asked),
+    )
+
+
+def _turns(start: Tensor, end: Tensor, rho: Tensor) -> Tensor:
+    """Whether a trajectory has turned: its momenta at either end against their sum."""
+    return ((start * rho).sum(0) <= 0.0) | ((end * rho).sum(0) <= 0.0)
+
+
+def _turns_within(s: Trajectory, r: Tensor, sub_rho: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Whether a subtree within the new one turned, as told by its last leaf; and new marks.
+
+    The subtrees that leaf n completes begin at even leaves. Each of these has left a mark at the
+    level that is the number of ones in n // 2: a marked momentum m and the sum M of the momenta
+    before it. With `dot` the sum of m . r over all leaves since, the trajectory from the mark to
+    here has turned if dot <= 0 or r . (rho - M) <= 0. Beside the mark of the even leaf there is one
+    of the odd leaf before it, the last of the half that it ended.
+    """
+    levels = torch.arange(len(s.even_dot), device=r.device).unsqueeze(1)
+    half = s.leaf >> 1
+    level = ((half >> levels) & 1).sum(0)
+    is_odd = (s.leaf & 1) == 1
+    carried = s.leaf ^ (s.leaf + 1)  # ones: as many as ended subtrees, and one more
+    ended = ((carried >> levels) & 1).sum(0) - 1
+    even_dot = s.even_dot + (s.even_r[:-1] * r).sum(1)
+    odd_dot = s.odd_dot + (s.odd_r[:-1] * r).sum(1)
+    whole = (r * sub_rho).sum(0)
+    even_turns = (even_dot <= 0.0) | (whole - (s.even_rho[:-1] * r).sum(1) <= 0.0)
+    odd_turns = (odd_dot <= 0.0) | (whole - (s.odd_rho[:-1] * r).sum(1) <= 0.0)
+    # Subtrees that end here; and, where the second half of one begins, its first half and the leaf.
+    ending = is_odd & (levels <= level) & (levels > level - ended)
+    beginning = ~is_odd & (s.leaf > 0) & (levels == level - 1)
+    # The second half of one that ends here, and the leaf before it.
+    across = ending & (levels > level - ended + 1)
+    turns = (((ending | beginning) & even_turns) | (across & odd_turns)).any(0)
+    slot = torch.where(is_odd, len(levels), level)
+    marks = {
+        "even_r": _put(s.even_r, slot, r),
+        "even_rho": _put(s.even_rho, slot, sub_rho - r),
+        "even_dot": torch.where(levels == slot, (r * r).sum(0), even_dot),
+        "odd_r": _put(s.odd_r, slot, s.r),
+        "odd_rho": _put(s.odd_rho, slot, sub_rho - r - s.r),
+        "odd_dot": torch.where(levels == slot, (s.r * (s.r + r)).sum(0), odd_dot),
+    }
+    return turns, marks
+
+
+def _put(levels: Tensor, slot: Tensor, value: Tensor) -> Tensor:
+    """Put a value (D, C), in place, into one level of each chain of levels (K + 1, D, C)."""
+    chains = torch.arange(value.shape[1], device=value.device)
+    rows = torch.arange(len(value), device=value.device).unsqueeze(1)
+    return levels.index_put_((slot, rows, chains), value)
+
+
+def _write(record: Record, values: Record, slot: Tensor) -> Record:
+    """Put values of each chain, in place, into one slot of its record."""
+    chains = torch.arange(len(slot), device=slot.device)
+    places = torch.arange(record.q.shape[2], device=slot.device).unsqueeze(1)
+    positions = record.q.index_put_((chains, slot, places), values.q.to(record.q.dtype))
+    pairs = zip(record[1:], values[1:], strict=True)
+    rest = (old.index_put_((chains, slot), new.to(old.dtype)) for old, new in pairs)
+    return Record(positions, *rest)
+
+
+def _tuned(tuning: Tuning, rate: Tensor, ends: Tensor) -> Tuning:
+    """Move step sizes by dual averaging, where a transition ends that is asked for."""
+    t = tuning
+    moves = ends & (t.adapts > 0.0)
+    updates = t.updates + moves
+    error = t.error + (t.target - rate - t.error) / (updates + 10.0)
+    step = t.centre - error * torch.sqrt(updates) / 0.05
+    average = t.average + (step - t.average) * torch.pow(updates.clamp(min=1.0), -0.75)
+    return t._replace(
+        step=torch.where(moves, torch.exp(step), t.step),
+        average=torch.where(moves, average, t.average),
+        error=torch.where(moves, error, t.error),
+        updates=updates,
+        slot=t.slot + ends,
+    )
