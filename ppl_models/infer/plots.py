@@ -153,6 +153,7 @@ def plot_pairs(
         canvas = picture(side, side) if figure is None else figure
         grid = canvas.subplots(size, size, squeeze=False, sharex="col")
         thin = slice(None, None, -(-posterior.chains * posterior.draws // 4000))
+        divergent = _divergent(posterior)
         for i, (below, y) in enumerate(values.items()):
             for j, (beside, x) in enumerate(values.items()):
                 ax = grid[i, j]
@@ -162,6 +163,9 @@ def plot_pairs(
                     ax.spines["left"].set_visible(False)
                 elif i > j:
                     ax.scatter(x[thin], y[thin], s=4, color=BLUE, alpha=0.25, lw=0, rasterized=True)
+                    if divergent.any():
+                        marks: dict[str, Any] = {"s": 9, "color": RED, "lw": 0, "zorder": 3}
+                        ax.scatter(x[divergent], y[divergent], rasterized=True, **marks)
                     ax.sharey(grid[i, 0])
                 else:
                     text = f"correlation\n{_correlation(x, y)}"
@@ -186,6 +190,13 @@ def _heading(posterior: Posterior, left: int) -> str:
     if left:
         text += f"\n{left:,} more elements are not drawn: name them in sites=, or raise limit="
     return text
+
+
+def _divergent(posterior: Posterior) -> np.ndarray:
+    """Which draws came of a transition that diverged, where that is one for all elements."""
+    if posterior.divergent is None or posterior.rows is not None:
+        return np.zeros(posterior.chains * posterior.draws, dtype=bool)
+    return to_array(posterior.divergent.flatten()).astype(bool)
 
 
 def _correlation(x: np.ndarray, y: np.ndarray) -> str:

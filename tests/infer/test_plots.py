@@ -235,6 +235,15 @@ def test_a_posterior_is_drawn_into_the_figure_given() -> None:
     assert isinstance(posterior(w=()).plot_pairs(), Picture)
 
 
+def test_pairs_mark_the_draws_of_divergent_transitions() -> None:
+    divergent = torch.zeros(3, 60, dtype=torch.bool)
+    divergent[1, [4, 9]] = True
+    draws = Posterior({"z": torch.randn(3, 60, 2)}, divergent=divergent)
+    figure = drawn(draws.plot_pairs())
+    _, marked = figure.axes[2].collections
+    np.testing.assert_array_equal(marked.get_offsets(), draws["z"][1, [4, 9]])
+
+
 def test_unknown_names_and_impossible_limits_are_refused() -> None:
     for plot in (posterior().plot, posterior().plot_pairs):
         with pytest.raises(

@@ -270,6 +270,8 @@ class Posterior(Mapping[str, Tensor]):
     ) -> Figure:
         """Draw each pair of elements as a cloud, with histograms and correlations.
 
+        Draws that came of a divergent transition are red, where it is known which they are.
+
         Arguments:
             sites: As in `plot`.
             limit: As in `plot`.
