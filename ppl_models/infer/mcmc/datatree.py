@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
-import ppl_models
-
 if TYPE_CHECKING:
     from ppl_models.infer.mcmc.posterior import Posterior
 
@@ -31,7 +29,6 @@ def to_datatree(posterior: Posterior) -> Any:
         groups["sample_stats"] = statistics
     attributes = {
         "inference_library": "ppl_models",
-        "inference_library_version": ppl_models.__version__,
         "sampling_time": posterior.seconds,
         "tuning_steps": posterior.warmup,
     }
