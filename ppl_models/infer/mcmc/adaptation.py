@@ -87,24 +87,26 @@ def warm_up(engine: Engine, groups: Tensor, parts: list[Window], watch: Watch) -
     for number, window in enumerate(parts):
         is_last = number == len(parts) - 1
         rounds = ROUNDS if shares and is_last and window.transitions >= 2 * ROUNDS else 1
+        draws: list[Tensor] = []
         for turn in range(rounds):
             asked = window.transitions * (turn + 1) // rounds - window.transitions * turn // rounds
-            draws = engine.run(
+            part = engine.run(
                 asked,
                 adapts=rounds == 1,
                 depth=window.depth,
                 watch=lambda now, made=made: watch(made + now),
             )
-            made += len(draws)
-            if len(draws) < asked:
+            made += len(part)
+            draws.append(part.u)
+            if len(part) < asked:
                 return False
             if rounds > 1:
                 # One step for all of a group, moved by what all of them answer.
-                error = pooled(draws.accept.mean(1), groups) - engine.tuning.target
+                error = pooled(part.accept.mean(1), groups) - engine.tuning.target
                 gain = (2.0 / (1 + turn) * error).clamp(-1.0, 1.0)
                 engine.tuning.step.mul_(torch.exp(gain))
         if window.learns:
-            engine.learn(grouped(draws.u, groups), groups)
+            engine.learn(grouped(torch.cat(draws, 1), groups), groups)
             engine.find_step()
         if shares:
             engine.tuning.step.copy_(torch.exp(pooled(torch.log(engine.tuning.step), groups)))

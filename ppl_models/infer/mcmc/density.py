@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
 
@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from pyro import poutine
 from pyro.infer.mcmc.util import TraceEinsumEvaluator
-from pyro.ops.einsum import torch_log
+from pyro.ops.special import _SafeLog
 from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
@@ -28,27 +28,9 @@ from ppl_models.core.sites import (
 )
 from ppl_models.core.types import Batch
 from ppl_models.infer import backend, capture
-from ppl_models.infer.mcmc.transform import Bijection, Part, Summed, Unraised, layout, log_of_sum
+from ppl_models.infer.mcmc.transform import Bijection, Lenient, Part, Summed, layout, log_of_sum
 
 CHUNK = 2**22  # numbers at the sites of all targets that are transformed at once
-
-
-@dataclass(frozen=True)
-class _Precision:
-    """In which precision the model runs: of torch by default, of data, and of latents."""
-
-    default: torch.dtype | None
-    data: torch.dtype | None
-    latents: bool  # in double precision, not in the sites' own
-
-    def data_of(self, batch: Batch) -> Batch:
-        return tuple(v.to(self.data) if self.data and v.is_floating_point() else v for v in batch)
-
-
-# The first that the model takes: everything in double precision; latents only; nothing.
-_DOUBLE = _Precision(torch.float64, torch.float64, True)
-_LATENTS = _Precision(None, None, True)
-_OWN = _Precision(None, None, False)
 
 
 class Density:
@@ -84,8 +66,7 @@ class Density:
         self.device = table.latents[0].value.device
         self._summed = any(site.enumerated for site in table)
         self._evaluator: TraceEinsumEvaluator | None = None
-        self._given, self._precision = batch, _OWN
-        self._batch = batch
+        self._given = self._batch = batch
 
     def __call__(self, u: Float[Tensor, "D T"]) -> tuple[Float[Tensor, " T"], Float[Tensor, "D T"]]:
         """Evaluate all chains at once.
@@ -241,8 +222,7 @@ class Density:
     def _run(self, row: Sequence[Tensor], **given: Any) -> tuple[Bijection, Trace]:
         """Run the model on one target: from its numbers `u`, or from its `values`."""
         batch = [value.unsqueeze(0) for value in row] if self._rows else row
-        own = not self._precision.latents
-        bijection = Bijection(self._parts, own=own, summed=self._summed, **given)
+        bijection = Bijection(self._parts, own=not self.double, summed=self._summed, **given)
         with ExitStack() as stack:
             stack.enter_context(poutine.block())
             record = stack.enter_context(poutine.trace())
@@ -308,18 +288,15 @@ class Density:
     @contextmanager
     def _conditions(self) -> Iterator[None]:
         """What an evaluation needs, for a block: nothing that looks at values, nothing raised."""
-        default = torch.get_default_dtype()
         with (
             pyro.validation_enabled(False),
             patch.object(torch.distributions.Distribution, "__init__", capture._unvalidated),
-            patch.object(torch_log, "safe_log", log_of_sum),
-            Unraised(),
+            patch.object(_SafeLog, "apply", log_of_sum),
+            Lenient(double=self.double),
+            warnings.catch_warnings(),
         ):
-            torch.set_default_dtype(self._precision.default or default)
-            try:
-                yield
-            finally:
-                torch.set_default_dtype(default)
+            warnings.filterwarnings("ignore", message=".*performance drop")  # of vmap
+            yield
 
     def _settle(self) -> None:
         """Find by trials how the model can be run; refuse one that has no density."""
@@ -344,13 +321,17 @@ class Density:
                 self._one_by_one(_points(self.dim, 16).to(u) * 3)
 
     def _take_precision(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """Take the first precision in which the model runs, and return a few densities."""
+        """Take the highest precision in which the model runs, and return a few densities."""
         rows = min(self.targets, 2)
-        for precision in (_DOUBLE, _LATENTS) if self.double else ():
-            with suppress(Exception):
-                return self._trial(u, rows, precision)
+        if self.double:
+            # Data in double precision too: layers with parameters may want theirs as they are.
+            raised = tuple(v.double() if v.is_floating_point() else v for v in self._given)
+            for batch in (raised, self._given):
+                with suppress(Exception):
+                    return self._trial(u, rows, batch)
+        self.double = False
         try:
-            return self._trial(u, rows, _OWN)
+            return self._trial(u, rows, self._given)
         except ValueError:
             raise
         except Exception as error:
@@ -359,10 +340,8 @@ class Density:
                 f"{capture._reason(error)}"
             ) from error
 
-    def _trial(self, u: Tensor, rows: int, precision: _Precision) -> tuple[Tensor, Tensor]:
-        self._precision, self._evaluator = precision, None
-        self._batch = precision.data_of(self._given)
-        self.double = precision.latents
+    def _trial(self, u: Tensor, rows: int, batch: Batch) -> tuple[Tensor, Tensor]:
+        self._batch, self._evaluator = batch, None
         with self._conditions(), torch.no_grad():
             pairs = [self._alone(u[:, c], n) for c in range(u.shape[1]) for n in range(rows)]
         return torch.stack([logp for logp, _ in pairs]), torch.stack([g for _, g in pairs], -1)

@@ -94,25 +94,50 @@ class Summed(EnumMessenger):
         super()._pyro_sample(msg)
 
 
-class Unraised(TorchFunctionMode):
-    """Return NaN where a matrix has no factor or no inverse, in place of an error for all chains."""
+class Lenient(TorchFunctionMode):
+    """Return NaN where a matrix has no factor or no inverse, in place of an error for all chains.
+
+    Arguments:
+        double: Make what is made of numbers, such as `torch.eye(3)`, in double precision.
+    """
+
+    def __init__(self, *, double: bool) -> None:
+        super().__init__()
+        self._double = double
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Replace a function that raises."""
-        if func == _data_of:  # which Pyro reads shapes off, and vmap refuses
+        """Replace a function that raises, or the precision of one that makes a tensor."""
+        options = kwargs or {}
+        if func == _data.__get__:  # which Pyro reads shapes off, and vmap refuses
             return args[0].detach()
         safe = _SAFE.get(func)
-        if safe is None or "out" in (kwargs or {}):
-            return func(*args, **(kwargs or {}))
-        result, info = safe(*args, **(kwargs or {}))
+        if safe is None or "out" in options:
+            result = func(*args, **options)
+            if self._double and func in _MAKERS and options.get("dtype") is None:
+                # By name, not by torch's default: a recording is replayed under any.
+                precise = result.dtype == torch.float32
+                return func(*args, **(options | {"dtype": torch.float64})) if precise else result
+            return result
+        result, info = safe(*args, **options)
         failed = info.reshape(info.shape + (1,) * (result.ndim - info.ndim)) != 0
         return torch.where(failed, math.nan, result)
 
 
-_tensor: Any = Tensor
-_data_of = _tensor.data.__get__
+_data: Any = Tensor.data
+
+_MAKERS = {
+    torch.arange,
+    torch.as_tensor,
+    torch.empty,
+    torch.eye,
+    torch.full,
+    torch.linspace,
+    torch.ones,
+    torch.tensor,
+    torch.zeros,
+}
 
 _SAFE: dict[Any, Callable[..., Any]] = {
     torch.linalg.cholesky: torch.linalg.cholesky_ex,
