@@ -315,7 +315,12 @@ def test_rows_are_put_where_their_plate_is() -> None:
 
 
 def test_values_do_not_depend_on_the_size_of_a_chunk(monkeypatch: Any) -> None:
-    density = build(rows_of, torch.randn(5), torch.rand(5), rows=True)
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            share = pyro.sample("share", dist.Dirichlet(torch.ones(3)))
+            pyro.sample("part", dist.Uniform(0.0, x * share[..., 0]))
+
+    density = build(model, torch.rand(5) + 0.5, rows=True)
     u = torch.randn(7, 5, 3)
     want = density.constrain(u)
     monkeypatch.setattr(module, "CHUNK", 12)  # numbers: two rows of one chain
@@ -428,12 +433,14 @@ def test_a_matrix_without_a_factor_is_not_a_number_for_its_chain_only() -> None:
     assert density(u)[0].isfinite().tolist() == fine
 
 
-@pytest.mark.parametrize("function", ["inv", "solve", "eigvalsh"])
+@pytest.mark.parametrize("function", ["cholesky", "inv", "solve", "eigvalsh"])
 def test_what_else_raises_is_not_a_number_for_its_chain_only(function: str) -> None:
     def model() -> None:
         r = pyro.sample("r", dist.Normal(0.0, 1.0))
         matrix = torch.stack([torch.stack([r, r * 0]), torch.stack([r * 0, r])])
-        if function == "inv":
+        if function == "cholesky":
+            found = torch.linalg.cholesky(matrix).sum()
+        elif function == "inv":
             found = torch.linalg.inv(matrix).sum()
         elif function == "solve":
             found = torch.linalg.solve(matrix, torch.ones(2)).sum()
