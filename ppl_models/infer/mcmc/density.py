@@ -172,13 +172,12 @@ class Density:
             )
             grad, logp = chains(u)
         else:
-            rows = torch.func.vmap(
-                one, in_dims=(-1, *_firsts(self._batch)), out_dims=(-1, 0), randomness="different"
-            )
-            chains = torch.func.vmap(
-                lambda u: rows(u, *self._batch), in_dims=1, out_dims=(1, 0), randomness="different"
-            )
-            grad, logp = chains(u.reshape(self.dim, -1, self.targets))
+            rows = torch.func.vmap(one, in_dims=(0, *_firsts(self._batch)), randomness="different")
+            chains = torch.func.vmap(lambda u: rows(u, *self._batch), randomness="different")
+            # As networks like it: chains and rows first, so that all of them make one product.
+            first = u.reshape(self.dim, -1, self.targets).permute(1, 2, 0).contiguous()
+            grad, logp = chains(first)
+            grad = grad.permute(2, 0, 1)
         return logp.reshape(-1), grad.reshape(u.shape).contiguous()
 
     def _one_by_one(self, u: Tensor) -> tuple[Tensor, Tensor]:

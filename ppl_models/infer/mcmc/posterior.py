@@ -42,6 +42,7 @@ class Posterior(Mapping[str, Tensor]):
         max_depth: Doublings at which a trajectory was cut short.
         target_accept: Acceptance probability that the step size was adapted to.
         interrupted: Whether these are the draws that were there when sampling was stopped.
+        compiled: Which rung sampling ran on, and why no higher one.
         row_axis: Dimension of the rows in the draws of a site, where it is not the third.
 
     Raises:
@@ -69,6 +70,7 @@ class Posterior(Mapping[str, Tensor]):
         max_depth: int | None = None,
         target_accept: float | None = None,
         interrupted: bool = False,
+        compiled: str = "",
         row_axis: Mapping[str, int] | None = None,
     ) -> None:
         shapes = {name: tuple(value.shape[:2]) for name, value in draws.items()}
@@ -93,6 +95,7 @@ class Posterior(Mapping[str, Tensor]):
         self.max_depth = max_depth
         self.target_accept = target_accept
         self.interrupted = interrupted
+        self.compiled = compiled
         self.rows = self._check_statistics()
         self._row_axis = dict(row_axis or {})
 

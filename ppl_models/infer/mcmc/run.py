@@ -317,6 +317,7 @@ def _posterior(
         max_depth=task.sampler.max_depth,
         target_accept=task.sampler.target_accept,
         interrupted=first.interrupted,
+        compiled=first.rung,
         row_axis=axes,
         seconds=seconds,
         warmup=task.warmup,
