@@ -19,7 +19,7 @@ from torch import Tensor
 from ppl_models.infer.mcmc.hashing import Stream, normals
 
 if TYPE_CHECKING:
-    from ppl_models.infer.mcmc.engine import Engine, Watch
+    from ppl_models.infer.mcmc.engine import Draws, Engine, Watch
 
 POOLED = 16  # chains of a target, from which on they are one group
 ROUNDS = 5  # of the last window, after which a shared step is moved
@@ -82,31 +82,34 @@ def warm_up(engine: Engine, groups: Tensor, parts: list[Window], watch: Watch) -
     """
     made = 0
     shares = len(groups) > int(groups.max()) + 1
-    if parts:
-        engine.find_step()
+    engine.find_step()
+
+    def run(transitions: int, *, adapts: bool, depth: int | None = None) -> Draws | None:
+        nonlocal made
+        before = made
+        draws = engine.run(
+            transitions, adapts=adapts, depth=depth, watch=lambda now: watch(before + now)
+        )
+        made += len(draws)
+        return draws if len(draws) == transitions else None
+
     for number, window in enumerate(parts):
-        is_last = number == len(parts) - 1
-        rounds = ROUNDS if shares and is_last and window.transitions >= 2 * ROUNDS else 1
-        draws: list[Tensor] = []
-        for turn in range(rounds):
-            asked = window.transitions * (turn + 1) // rounds - window.transitions * turn // rounds
-            part = engine.run(
-                asked,
-                adapts=rounds == 1,
-                depth=window.depth,
-                watch=lambda now, made=made: watch(made + now),
-            )
-            made += len(part)
-            draws.append(part.u)
-            if len(part) < asked:
-                return False
-            if rounds > 1:
-                # One step for all of a group, moved by what all of them answer.
-                error = pooled(part.accept.mean(1), groups) - engine.tuning.target
-                gain = (2.0 / (1 + turn) * error).clamp(-1.0, 1.0)
-                engine.tuning.step.mul_(torch.exp(gain))
+        if shares and number == len(parts) - 1 and window.transitions >= 2 * ROUNDS:
+            # One step for all of a group, moved by what all of them answer.
+            for turn in range(ROUNDS):
+                before, after = (window.transitions * (turn + k) // ROUNDS for k in (0, 1))
+                draws = run(after - before, adapts=False)
+                if draws is None:
+                    return False
+                error = pooled(draws.accept.mean(1), groups) - engine.tuning.target
+                change = (2.0 / (1 + turn) * error).clamp(-1.0, 1.0)
+                engine.tuning.step.mul_(torch.exp(change))
+            continue
+        draws = run(window.transitions, adapts=True, depth=window.depth)
+        if draws is None:
+            return False
         if window.learns:
-            engine.learn(grouped(torch.cat(draws, 1), groups), groups)
+            engine.learn(grouped(draws.u, groups), groups)
             engine.find_step()
         if shares:
             engine.tuning.step.copy_(torch.exp(pooled(torch.log(engine.tuning.step), groups)))

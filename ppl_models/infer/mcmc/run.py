@@ -119,12 +119,13 @@ def sample(
     """
     for name, value, least in (("chains", chains, 1), ("draws", draws, 4), ("warmup", warmup, 0)):
         check_count("sample", name, value, least)
-    check_programs("sample", model=model)
+    check_programs("sample", model=model, **({} if init is None else {"init": init}))
+    if compile not in (True, False, "now"):
+        raise ValueError(f"sample: compile must be True, False or 'now', got {compile!r}.")
     if not isinstance(sampler, NUTS | None):
         raise ValueError(f"sample: sampler must be an instance such as NUTS(), got {sampler!r}.")
     place = check_device(device)
     arguments = as_batch(batch, model, device=place)
-    sampler = NUTS() if sampler is None else sampler
     start = time.perf_counter()
     with (
         moved(place, model, init),
