@@ -205,9 +205,9 @@ class Blocks:
         start = time.perf_counter()
         if self._checkpoint is None or start - self._checkpoint.time > CHECKPOINT:
             self.check(one)
+            if self._stale:
+                self._recount()
             self._checkpoint = self._here(start, taken)
-        if self._stale:
-            self._recount()
         rates = self._next_rates(count, schedule)
         self._checkpoint.blocks.append((loaded, order, rates))
         bounds = self._call(loaded, order, rates)

@@ -34,6 +34,9 @@ def whole_step(
 ) -> Tensor:
     """Evaluate a gradient and step, or leave the gradients in buffers; return the bound, float64.
 
+    With an optimiser, the bound is NaN where the gradient is not finite: such a step is to be
+    taken back.
+
     Arguments:
         forward: Returns the bound and the gradients.
         job: `arguments`, how many inputs are its own; `leaves`, the place of the leaf of each
@@ -62,7 +65,10 @@ def whole_step(
             powers,
             rates[number],
         )
-    return bound.double()
+    # Squares overflow no later than the norm does; what is repeated for no reason goes on after it.
+    squares = [(gradient * gradient).sum().double() for gradient in gradients]
+    is_finite = torch.isfinite(sum(squares, torch.zeros_like(squares[0])))
+    return torch.where(is_finite, bound.double(), float("nan"))
 
 
 def update(

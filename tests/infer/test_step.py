@@ -174,6 +174,38 @@ def test_a_gradient_that_fails_at_the_last_step_is_told_though_no_bound_shows_it
     assert torch.isfinite(model.left)
 
 
+class Overflowing(nn.Module):
+    """A bound that stays finite where the norm of its gradient does not: Adam would stand still."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left = nn.Parameter(torch.tensor([10.05, 10.05]))
+
+    def forward(self) -> None:
+        pyro.module("overflowing", self)
+        steep = 1e200 * (self.left - 9.0).clamp(max=0.0)
+        pyro.factor("cost", (steep - self.left).sum())
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+
+
+@pytest.mark.parametrize("steps", [22, 23, 60])
+def test_a_gradient_that_is_not_finite_ends_the_training_on_each_rung_though_the_bound_is(
+    steps: int,
+) -> None:
+    ends = []
+    for mode in (False, "now"):
+        model = Overflowing()
+        said = ""
+        try:
+            fit(model, _guide, steps=steps, lr=0.05, seed=0, compile=mode)
+        except FloatingPointError as error:
+            said = str(error)
+        ends.append((said, model.left.detach()))
+    assert ("the norm of its gradient inf" in ends[0][0]) == (steps > 22)
+    assert ends[0][0] == ends[1][0]
+    assert_close(ends[0][1], ends[1][1], rtol=1e-9, atol=1e-12)
+
+
 def test_ctrl_c_ends_the_wait_for_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     never: Future[Any] = Future()
     monkeypatch.setattr(compile, "compiled", lambda plan: never)
