@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import sys
 import types
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import partial
 from typing import Any
 
@@ -73,6 +75,98 @@ def test_a_change_that_a_graph_would_not_see_is_seen_and_named(name: str) -> Non
     assert fingerprint(module) == before
     change(module)
     assert any(told in found for found in difference(before, fingerprint(module)))
+
+
+HIDDEN = 1.0
+
+
+def _hidden() -> float:
+    return HIDDEN
+
+
+class Rate:
+    def __call__(self) -> float:
+        return HIDDEN
+
+
+class ByProperty(nn.Module):
+    @property
+    def rate(self) -> float:
+        return HIDDEN
+
+
+class ByStatic(nn.Module):
+    @staticmethod
+    def rate() -> float:
+        return HIDDEN
+
+
+class ByClass(nn.Module):
+    @classmethod
+    def rate(cls) -> float:
+        return HIDDEN
+
+
+class ByLambda(nn.Module):
+    def rate(self) -> float:
+        rate = lambda: sum(HIDDEN for _ in range(2))
+        return rate()
+
+
+class ByObject(nn.Module):
+    rate = Rate()
+
+
+class ByInner(nn.Module):
+    def rate(self) -> float:
+        def inner() -> float:
+            return _hidden()
+
+        return inner()
+
+
+@pytest.mark.parametrize("kind", [ByProperty, ByStatic, ByClass, ByLambda, ByObject, ByInner])
+def test_a_global_is_seen_wherever_a_class_reads_it(
+    kind: type[nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = kind()
+    before = fingerprint(module)
+    assert fingerprint(module) == before
+    monkeypatch.setattr(sys.modules[__name__], "HIDDEN", 3.0)
+    (told,) = difference(before, fingerprint(module))
+    assert told.endswith("HIDDEN")
+
+
+class Private(nn.Module):
+    _rate = 1.0
+
+
+def test_an_attribute_of_a_class_is_seen_whatever_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = Private()
+    before = fingerprint(module)
+    monkeypatch.setattr(Private, "_rate", 3.0)
+    assert difference(before, fingerprint(module)) == ["Private._rate"]
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (np.float32(1), np.float32(3)),
+        (np.int64(1), np.int64(3)),
+        (1 + 0j, 3 + 0j),
+        (range(1), range(3)),
+        (Fraction(1), Fraction(3)),
+        (deque([1.0]), deque([3.0])),
+        ({"a": {"b": {"c": {"d": {"e": {"f": [1.0]}}}}}}, {"a": {"b": {"c": {"d": {"e": {}}}}}}),
+    ],
+)
+def test_numbers_of_any_kind_are_seen_at_any_depth(one: Any, other: Any) -> None:
+    module = Scaled()
+    module.options = one
+    before = fingerprint(module)
+    assert fingerprint(module) == before
+    module.options = other
+    assert difference(before, fingerprint(module))
 
 
 def test_values_of_tensors_are_no_part_of_it() -> None:
