@@ -31,6 +31,7 @@ from ppl_models.infer import backend, compile
 from ppl_models.infer.block import Blocks, Loaded
 from ppl_models.infer.capture import Graph, Untraceable, capture
 from ppl_models.infer.guards import difference, fingerprint, reached
+from ppl_models.infer.undo import objects_undone
 
 Compile = bool | Literal["now"]
 
@@ -457,7 +458,7 @@ class Steps:
 
     @contextmanager
     def _undone(self) -> Iterator[Callable[[], dict[str, Tensor]]]:
-        """Run a block that leaves tensors, gradients and random numbers as they were.
+        """Run a block that leaves tensors, gradients, objects and random numbers as they were.
 
         It is given a function that returns copies of the tensors that have changed in it.
         """
@@ -475,7 +476,7 @@ class Steps:
             return {name: value.clone() for name, value, old in pairs if not _same(value, old)}
 
         try:
-            with seeded(0):
+            with seeded(0), objects_undone(*self._evaluate.programs):
                 yield changes
         finally:
             with torch.no_grad():
