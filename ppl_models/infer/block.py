@@ -86,8 +86,9 @@ class Blocks:
         return max(1, min(10_000, int(BLOCK / self._speed))) if self._speed else 10
 
     def ready(self, graph: Graph) -> bool:
-        """Whether the optimiser has made its state for each leaf that the graph has a gradient of."""
-        leaves = (self._leaves[i] for i in graph.leaves)
+        """Whether the optimiser has made its state for each leaf of its that the graph moves."""
+        own = {id(p) for group in self._optimizer.param_groups for p in group["params"]}
+        leaves = (self._leaves[i] for i in graph.leaves if id(self._leaves[i]) in own)
         return all(self._optimizer.state.get(leaf) for leaf in leaves) or not self._names()
 
     def moved(self) -> bool:

@@ -63,6 +63,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
             [{"params": leaves[:3], "lr": lr}, {"params": leaves[3:], "lr": lr / 5}]
         )
     },
+    "some of the parameters": {"optimizer": lambda leaves, lr: torch.optim.Adam(leaves[:3], lr=lr)},
     "callbacks": {"callbacks": (lambda number, bound: None,)},
     "the guide only": {"fixed_model": True},
 }
