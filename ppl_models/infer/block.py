@@ -33,6 +33,7 @@ class _Checkpoint:
     ahead: int
     taken: int
     time: float
+    told: int = 0  # steps since that the optimiser's counters do know of
     blocks: list[tuple[Loaded, Tensor | None, Tensor]] = field(default_factory=list)
 
 
@@ -69,6 +70,7 @@ class Blocks:
         self._stale = True  # the powers do not know of steps that others took
         self._ahead = 0  # steps that the optimiser's counters do not know of
         self._stepped: list[Tensor] = []  # what those steps moved
+        self._told: list[tuple[Any, float]] = []  # counters, as others were let read them
         self._graph: Graph | None = None  # whose steps are taken
         self._speed = 0.0  # seconds a step
         self._checkpoint: _Checkpoint | None = None
@@ -96,6 +98,8 @@ class Blocks:
         if self._kind is None:
             return False
         told = _options_of(self._optimizer)
+        if any(float(state.get("step", -1)) != count for state, count in self._told):
+            return True
         return told != (self._kind, self._options) or any(
             self._optimizer.state.get(leaf, {}).get(name) is not tensor
             for leaf, name, tensor in self._compiled_state
@@ -211,6 +215,7 @@ class Blocks:
             self._checkpoint = self._here(start, taken)
         rates = self._next_rates(count, schedule)
         self._checkpoint.blocks.append((loaded, order, rates))
+        self._told = []
         bounds = self._call(loaded, order, rates)
         self._ahead += len(bounds)
         if not torch.isfinite(bounds[-1]):
@@ -229,13 +234,26 @@ class Blocks:
 
     def settle(self) -> None:
         """Tell the optimiser's own counters of the steps taken here, before others take one."""
-        for parameter in self._stepped if self._ahead else ():
-            state = self._optimizer.state.get(parameter)
-            if state and "step" in state:
-                state["step"] += self._ahead
+        self._count(self._ahead)
         self._ahead = 0
+        self._told = []
         self._stale = True
         self._graph = None
+
+    def tell(self) -> None:
+        """Let others read, and change, the optimiser's counters before the next steps."""
+        self._count(self._ahead)
+        if self._checkpoint is not None:
+            self._checkpoint.told += self._ahead
+        self._ahead = 0
+        states = [self._optimizer.state.get(parameter, {}) for parameter in self._stepped]
+        self._told = [(state, float(state["step"])) for state in states if "step" in state]
+
+    def _count(self, steps: int) -> None:
+        for parameter in self._stepped if steps else ():
+            state = self._optimizer.state.get(parameter)
+            if state and "step" in state:
+                state["step"] += steps
 
     def _call(self, loaded: Loaded, order: Tensor | None, rates: Tensor) -> Tensor:
         bounds, error = loaded.library.run(loaded.index, order, self._rates, rates)
@@ -296,6 +314,7 @@ class Blocks:
         torch.set_rng_state(checkpoint.streams[0])
         for stream in checkpoint.streams[1:]:
             torch.cuda.set_rng_state(stream, self._device)
+        self._count(-checkpoint.told)
         self._ahead = checkpoint.ahead
         left = sum(len(rates) for _, _, rates in checkpoint.blocks) - failed
         quick = max(0, left - careful)

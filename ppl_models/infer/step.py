@@ -189,6 +189,11 @@ class Steps:
         self._facts = facts
         self._version = self._versions.setdefault(repr(sorted(facts.items())), len(self._versions))
 
+    def tell(self) -> None:
+        """Bring the optimiser up to date, before code of the user's runs."""
+        if self._blocks is not None:
+            self._blocks.tell()
+
     def renew(self) -> None:
         """Finish what is under way: before the data change, or the training ends."""
         if self._blocks is not None:

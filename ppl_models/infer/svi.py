@@ -252,6 +252,8 @@ def fit(
                 speed = len(bounds) * rows / (time.perf_counter() - start)
                 status = f"bound {bounds[-1]:.4g} nats/row, {speed:,.0f} rows/s, {taking.rung}"
                 bar(len(bounds), status)
+                if callbacks:
+                    taking.tell()
                 for callback in callbacks:
                     if callback(len(bounds), bounds[-1]) is True:
                         interrupted.set()

@@ -336,6 +336,30 @@ def test_options_that_a_callback_changes_are_followed() -> None:
     assert_same(run("now"), run(False))
 
 
+@pytest.mark.parametrize("reset", [False, True])
+def test_callbacks_read_and_set_the_counters_of_the_optimiser(reset: bool) -> None:
+    def run(mode: Any) -> tuple[tuple[Fit, list[Tensor]], list[float]]:
+        made: list[torch.optim.Optimizer] = []
+        seen: list[float] = []
+
+        def factory(leaves: list[Tensor], lr: float) -> torch.optim.Optimizer:
+            made.append(torch.optim.Adam(leaves, lr=lr))
+            return made[-1]
+
+        def change(number: int, bound: float) -> None:
+            for state in made[0].state.values():
+                seen.append(state["step"].item())
+                if reset and number == 20:
+                    state["step"].zero_()
+
+        return trained(compile=mode, optimizer=factory, callbacks=(change,)), seen
+
+    (compiled, seen), (vanilla, want) = run("now"), run(False)
+    assert seen == want
+    assert ("state of the optimiser changed" in compiled[0].compiled) == reset
+    assert_same(compiled, vanilla)
+
+
 def test_a_counter_under_any_name_is_seen_though_it_changes_nothing_at_first() -> None:
     class Warmed(VAE):
         _runs = 0
