@@ -59,6 +59,17 @@ def own_parameters(*programs: Any) -> Iterator[None]:
         store.set_state(after)
 
 
+def enter_parameters(*programs: Any) -> None:
+    """Enter into the store what replaced parameters of modules, as their next run would."""
+    store: Any = pyro.get_param_store()
+    modules = [program for program in programs if isinstance(program, nn.Module)]
+    for module in modules:
+        for name, value, constraint in _store_names(module):
+            if name not in store._params:
+                store._constraints[name] = constraint
+                store._params[name], store._param_to_name[value] = value, name
+
+
 @contextmanager
 def scratch_store() -> Iterator[None]:
     """Forget every `pyro.param` statement of a block: for a look at a program, not a run of it."""

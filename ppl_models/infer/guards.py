@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from decimal import Decimal
 from fractions import Fraction
 from functools import cache, cached_property, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyro
@@ -87,6 +87,16 @@ def difference(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
     """Name what differs between two fingerprints."""
     names = sorted(one.keys() | other.keys())
     return [name for name in names if one.get(name, _ABSENT) != other.get(name, _ABSENT)]
+
+
+def replaced(one: dict[str, Any], other: dict[str, Any]) -> dict[str, tuple[int, int]]:
+    """Return, by name, the tensors of two fingerprints that differ: the `id` of either."""
+    pairs = {name: (one.get(name), other.get(name)) for name in difference(one, other)}
+    return {
+        name: (before.tensor, after.tensor)
+        for name, (before, after) in pairs.items()
+        if isinstance(before, _Identity) and isinstance(after, _Identity)
+    }
 
 
 class _Absent:
@@ -267,8 +277,19 @@ def names_in(code: types.CodeType) -> Iterator[str]:
             yield from names_in(held)
 
 
-def _identity(value: Tensor) -> tuple[Any, ...]:
-    return (
+class _Identity(NamedTuple):
+    """Which tensor it is, and what of it a graph depends on."""
+
+    tensor: int
+    memory: int | None
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    requires_grad: bool
+
+
+def _identity(value: Tensor) -> _Identity:
+    return _Identity(
         id(value),
         value.data_ptr() if value.layout == torch.strided else None,
         tuple(value.shape),

@@ -26,11 +26,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ppl_models.core.minibatch import minibatch
 from ppl_models.core.random import seeded
+from ppl_models.core.store import enter_parameters
 from ppl_models.core.types import Batch
 from ppl_models.infer import backend, compile
 from ppl_models.infer.block import Blocks, Loaded
 from ppl_models.infer.capture import Graph, Untraceable, capture
-from ppl_models.infer.guards import difference, fingerprint, reached
+from ppl_models.infer.guards import difference, fingerprint, reached, replaced
 from ppl_models.infer.undo import objects_undone
 
 Compile = bool | Literal["now"]
@@ -172,22 +173,36 @@ class Steps:
         self._blocks: Blocks | None = None
         self._used = {"compiled": 0, "traced graph": 0, "vanilla step": 0}
         self.rung = ""
-        self._reasons: dict[str, None] = {}
+        self._reasons: dict[str, str] = {}  # by kind, the first of each
         self._facts: dict[str, Any] = {}
-        self._changed: list[str] = []
+        self._changes: dict[str, list[str]] = {}  # the last ones of either kind
+        self._new = {"numbers": 0, "tensors": 0}  # how often they made another kind of step
         self._version = 0
         self._versions: dict[str, int] = {}
         self.look()
 
     def look(self) -> None:
         """Look whether modes, numbers of Python or tensors changed: after code of the user's ran."""
+        enter_parameters(*self._evaluate.programs)
         facts = fingerprint(*self._evaluate.programs)
         if facts == self._facts:
             return
         self.renew()  # by the steps that it knows
-        self._changed = difference(self._facts, facts)
+        known, version = len(self._versions), repr(sorted(facts.items()))
+        self._version = self._versions.setdefault(version, known)
+        tensors = replaced(self._facts, facts)
+        if self._facts and self._version == known:
+            numbers = [name for name in difference(self._facts, facts) if name not in tensors]
+            self._changes["numbers" if numbers else "tensors"] = numbers or [*tensors]
+            self._new["numbers" if numbers else "tensors"] += 1
         self._facts = facts
-        self._version = self._versions.setdefault(repr(sorted(facts.items())), len(self._versions))
+        leaves = {id(leaf) for leaf in self._evaluate.leaves}
+        lost = [name for name, (old, new) in tensors.items() if old in leaves and new not in leaves]
+        if lost := [name for name in lost if not name.startswith("pyro.param")]:
+            self._reasons["replaced"] = (
+                f"{', '.join(lost[:3])} became another tensor, which is not trained: copy_ into "
+                "the one that is, as load_state_dict does without assign=True"
+            )
 
     def tell(self) -> None:
         """Bring the optimiser up to date, before code of the user's runs."""
@@ -253,7 +268,7 @@ class Steps:
         others = [f"{name}: {counts[name]}" for name in used[1:] if counts[name] > 0]
         if others:
             text += f" ({', '.join(others)} of {self.taken})"
-        return "; ".join((text, *self._reasons))
+        return "; ".join((text, *self._reasons.values()))
 
     def _rung(self, order: Tensor | None, rows: int | None) -> _Rung:
         if self.taken == 0:
@@ -273,11 +288,17 @@ class Steps:
         left = self._total - self.taken + 1
         uses = left if is_usual else left // self._in_epoch
         if uses < RECORDING and self._compile is True:
-            return self._because(f"{uses} steps are over before recording one pays", rows)
-        if self._version >= RETRACES:
+            reason = f"{uses} steps are over before recording one pays"
+            return self._because(reason, rows, kind="short")
+        if self._new["numbers"] >= RETRACES:
             return self._because(
-                f"{', '.join(self._changed[:3])} changed between steps; numbers of Python are baked "
-                "into a graph, so make it a tensor, and fill_ it"
+                f"{', '.join(self._changes['numbers'][:3])} changed between steps; numbers of "
+                "Python are baked into a graph, so make it a tensor, and fill_ it"
+            )
+        if self._new["tensors"] >= RETRACES:
+            return self._because(
+                f"{', '.join(self._changes['tensors'][:3])} became other tensors between steps; "
+                "copy_ into the ones that were there"
             )
         index = None if order is None or rows is None else order[:rows].clone()
         inputs = self._data if index is None else (index, *self._data)
@@ -303,16 +324,20 @@ class Steps:
             waiting = sum(r.start is not None and r.loaded is None for r in self._rungs.values())
             rung.start = self.taken + (1 + waiting) * ahead  # they are compiled one by one
         elif is_usual:
-            self._reasons[
+            reason = (
                 f"{uses} steps are over before a compiler pays, at about {2 * ahead}; "
                 "compile='now' waits for it"
-            ] = None
+            )
+            self._reasons.setdefault("no compiler", reason)
         return rung
 
-    def _because(self, reason: str, rows: int | None = None) -> _Rung:
+    def _because(self, reason: str, rows: int | None = None, *, kind: str = "") -> _Rung:
         if rows is None or rows == self._rows:  # not of the last batch of an epoch
-            self._reasons[reason] = None
+            self._reasons.setdefault(kind or reason, reason)
         return _Rung()
+
+    def _tell(self, reason: str) -> None:
+        self._reasons[reason] = reason
 
     def _compare(self, graph: Graph, evaluate: Callable[..., Any], index: Tensor | None) -> None:
         """Compare a graph with the program, at other parameters and other rows, with the same seed.
@@ -369,9 +394,7 @@ class Steps:
             self._blocks.check(self._alone)
             self._blocks.settle()
             self._blocks = None
-            self._reasons[
-                "options or state of the optimiser changed: it steps outside the graph"
-            ] = None
+            self._tell("options or state of the optimiser changed: it steps outside the graph")
             for other in self._rungs.values():
                 other.loaded, other.start = None, None
         if rung.start is None or rung.graph is None or not self.taken:
@@ -398,10 +421,10 @@ class Steps:
             rung.loaded = self._blocks.load(rung.plan, rung.built.result(), rung.index)
         except backend.Unsupported as error:
             rung.start, rung.loaded = None, None
-            self._reasons[f"not compiled: {error}"] = None
+            self._tell(f"not compiled: {error}")
             return False
         if self._blocks.reason:
-            self._reasons[self._blocks.reason] = None
+            self._tell(self._blocks.reason)
         return True
 
     def _alone(self, order: Tensor | None, step: int) -> float:
@@ -418,7 +441,7 @@ class Steps:
                 bound, gradients = self._by_graph(rung.graph, order)
             except RuntimeError:
                 rung.graph, rung.start = None, None
-                self._reasons["a shape depends on values, or on which rows are drawn"] = None
+                self._tell("a shape depends on values, or on which rows are drawn")
                 bound, gradients = self._evaluate(order, *self._data)
         else:
             bound, gradients = self._evaluate(order, *self._data)

@@ -282,6 +282,24 @@ def test_a_number_that_changes_once_is_recorded_again() -> None:
     assert_close(bounds, annealed(False, change)[0], rtol=1e-9, atol=1e-9)
 
 
+def test_parameters_that_are_replaced_are_told_once_as_no_longer_trained(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("PPL_MODELS_COMPILER", "none")
+
+    def change(model: Any, number: int) -> None:
+        if number in (20, 25, 30):
+            state = {name: value.clone() for name, value in model.state_dict().items()}
+            model.load_state_dict(state, assign=True)
+
+    bounds, told = annealed("now", change)
+    assert told.startswith("traced graph; ")
+    assert told.count("which is not trained: copy_ into the one that is") == 1
+    assert "pyro.param" not in told
+    assert "numbers of Python" not in told
+    assert_close(bounds, annealed(False, change)[0], rtol=1e-9, atol=1e-9)
+
+
 def test_a_number_that_changes_with_every_step_is_named_and_the_programs_run(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
