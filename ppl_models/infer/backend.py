@@ -600,7 +600,7 @@ def _looped(body: str) -> str | None:
     return body.replace(f"    {name}({text});", f"{fixed}\n{bound}\n{loop}")
 
 
-def _build(source: str, out: Path, threads: int) -> None:
+def _build(source: str, out: Path, cxx: Sequence[str]) -> None:
     """Build a shared object, and put it in its place in one move."""
     from torch._inductor.cpp_builder import CppBuilder, CppTorchOptions
     from torch._inductor.cpu_vec_isa import pick_vec_isa
@@ -612,6 +612,7 @@ def _build(source: str, out: Path, threads: int) -> None:
         builder = CppBuilder("step", str(path), BuildOption=options, output_dir=folder)
         slow = {"-g1", "-pedantic", "-fno-omit-frame-pointer", "-ltorch_python"}
         command = [word for word in builder.get_command_line().split() if word not in slow]
+        command[:1] = cxx
         command.append("-w")  # warnings of torch's headers take a second
         done = subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False)
         if done.returncode:
@@ -627,7 +628,7 @@ def _serve() -> None:
         answer: dict[str, Any]
         try:
             job = json.loads(Path(line.strip()).read_text())
-            _build(_lower(job), Path(job["out"]), job["threads"])
+            _build(_lower(job), Path(job["out"]), job["cxx"])
             answer = {"error": None}
         except Exception as error:  # noqa: BLE001 - whatever torch raises, training goes on
             cause: BaseException | None = error

@@ -13,7 +13,9 @@ import hashlib
 import json
 import os
 import platform
+import re
 import secrets
+import shlex
 import shutil
 import subprocess
 import sys
@@ -119,7 +121,9 @@ def refusal(plan: Plan) -> str | None:
         return None
     if devices != {"cpu"}:
         return f"the tensors are on {' and '.join(sorted(devices))}"
-    if not any(shutil.which(name) for name in (os.environ.get("CXX"), "g++", "clang++") if name):
+    if not _version_of(words := _cxx()):
+        if os.environ.get("CXX"):
+            return f"CXX={shlex.join(words)} is no C++ compiler that works here"
         return "no C++ compiler was found; install g++ or clang++, or name one in CXX"
     if plan.graph.nodes > LONG:
         return (
@@ -147,7 +151,7 @@ def compiled(plan: Plan) -> Future[Path | None]:
     job = plan.job()
     key = _key(json.dumps(job, sort_keys=True))
     if (found := _find(key)) is None:
-        return _compiler().build(job, key)
+        return _compiler().build(job | {"cxx": _cxx()}, key)
     done.set_result(found)
     return done
 
@@ -180,7 +184,14 @@ def _say(line: str) -> None:
 
 
 def _key(job: str) -> str:
-    told = (job, _own_code(), torch.__version__, _processor(), _compiler_version())
+    told = (
+        job,
+        _own_code(),
+        torch.__version__,
+        _processor(),
+        shlex.join(_cxx()),
+        _version_of(_cxx()),
+    )
     return hashlib.sha256("\0".join(told).encode()).hexdigest()[:32]
 
 
@@ -208,14 +219,24 @@ def _choices() -> Path:
     return folder() / f"products-{told}.json"
 
 
+def _cxx() -> tuple[str, ...]:
+    """Return the words of the command that compiles C++, such as `ccache g++`; none if there is none."""
+    if given := os.environ.get("CXX", "").strip():
+        try:
+            return tuple(shlex.split(given))
+        except ValueError:  # a quotation that does not end
+            return (given,)
+    return tuple(name for name in ("g++", "clang++") if shutil.which(name))[:1]
+
+
 @functools.cache
-def _compiler_version() -> str:
-    name = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or ""
+def _version_of(words: tuple[str, ...]) -> str:
+    """Return what a compiler says of itself; nothing if it does not work."""
     try:
-        told = subprocess.run([name, "--version"], capture_output=True, text=True, check=False)
-    except OSError:
-        return name
-    return told.stdout
+        told = subprocess.run([*words, "--version"], capture_output=True, text=True, check=False)
+    except (OSError, IndexError):
+        return ""
+    return "" if told.returncode else told.stdout
 
 
 def _find(key: str) -> Path | None:
@@ -247,6 +268,10 @@ def _keep(made: Path, key: str) -> Path:
     return path
 
 
+def _is_compiler(word: str) -> bool:
+    return re.search(r"(g\+\+|c\+\+|clang|gcc)[^/]*$", word) is not None
+
+
 class _Compiler:
     """The process of the compiler: one job at a time, in the order in which they came."""
 
@@ -254,6 +279,7 @@ class _Compiler:
         self._queue: SimpleQueue[tuple[dict[str, Any], str, Future[Path | None]]] = SimpleQueue()
         self._pending: dict[str, Future[Path | None]] = {}
         self._process: subprocess.Popen[str] | None = None
+        self._cxx: tuple[str, ...] = ()  # of the process
         self._owner = os.getpid()
         threading.Thread(target=self._work, daemon=True).start()
 
@@ -291,15 +317,18 @@ class _Compiler:
         try:
             folder().mkdir(parents=True, exist_ok=True)  # it may have been deleted
             asked.write_text(json.dumps(job | {"out": str(made), "choices": str(_choices())}))
-            if error := self._ask(asked):
+            if error := self._ask(asked, job["cxx"]):
                 raise backend.Unsupported(error)
             return _keep(made, key)
         finally:
             for left in (made, asked):
                 left.unlink(missing_ok=True)
 
-    def _ask(self, job: Path) -> str | None:
+    def _ask(self, job: Path, cxx: tuple[str, ...]) -> str | None:
         """Have one job done, and return what went wrong, if anything did."""
+        if cxx != self._cxx:
+            self.stop()
+            self._cxx = cxx
         process = self._process
         if process is None or process.poll() is not None:
             process = self._process = subprocess.Popen(
@@ -307,6 +336,8 @@ class _Compiler:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
+                # Inductor asks which compiler it is, by one word; it is called by all of them.
+                env=os.environ | {"CXX": next(filter(_is_compiler, cxx), cxx[-1])},
                 text=True,
                 start_new_session=True,  # Ctrl-C is for the training
             )

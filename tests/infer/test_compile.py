@@ -121,6 +121,24 @@ def test_no_compiler_at_all_is_told_with_what_to_install(monkeypatch: pytest.Mon
     )
 
 
+@pytest.mark.parametrize("command", ["/bin/false", "/nonexistent/g++", "nothing g++"])
+def test_a_compiler_that_does_not_work_is_named(
+    command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", command)
+    assert trained().compiled == (
+        f"traced graph; not compiled: CXX={command} is no C++ compiler that works here"
+    )
+
+
+def test_a_compiler_may_be_a_command_of_several_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "env LC_ALL=C g++")
+    try:
+        assert trained().compiled.startswith("compiled from step 2")
+    finally:
+        compile._compiler().stop()
+
+
 def test_two_processes_share_a_cache(tmp_path: Path) -> None:
     script = (
         "import torch; from guides import Amortized; from ppl_models import PPCA;"

@@ -545,9 +545,7 @@ def test_a_change_between_steps_is_seen_by_the_next_step(change: Callable[[Any],
     case = Case("", _annealed, ELBO, None)
     changed = same_training(case, steps=9, change=change, after=(4,))
     assert changed.compiled.startswith("traced graph")
-    # The first run after an assignment enters the new parameters into the store of Pyro.
-    steps_of_the_program = "(vanilla step: 1 of 9)" in changed.compiled
-    assert steps_of_the_program == (change is _assigned)
+    assert "vanilla step" not in changed.compiled
     left, _ = trained(case, False, steps=9)
     assert torch.equal(left.bounds[:4], changed.bounds[:4])
     assert not torch.equal(left.bounds[4], changed.bounds[4])
