@@ -611,6 +611,7 @@ def show(
         **{name: value for name, value in result.settings.items() if value is not None},
         "epochs": result.epochs,
         "seconds": result.seconds,
+        "compiled": result.compiled,
         "interrupted": result.interrupted,
         "bound_first_step": result.bounds[0].item(),
         "bound_last_epoch": _last_bound(result),

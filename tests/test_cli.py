@@ -366,6 +366,8 @@ def test_show_tells_what_was_trained_and_how(saved, tmp_path) -> None:
     assert (tmp_path / "bounds.png").stat().st_size > 1000
     printed = json.loads(run("show", str(saved / "vae"), "--json").stdout)
     assert printed["bound_last_epoch"] == bounds[-23:].mean().item()
+    assert printed["compiled"].startswith("vanilla step")
+    assert printed["compile"] is True
 
 
 def test_every_table_has_a_form_for_scripts(saved) -> None:

@@ -7,11 +7,12 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any, final
 
+import numpy as np
 from pyro import poutine
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine.trace_struct import Trace
 
-from ppl_models.core.batch import check_programs
+from ppl_models.core.batch import as_batch, check_programs
 from ppl_models.core.modes import evaluating
 from ppl_models.core.random import seeded
 from ppl_models.core.sites import (
@@ -120,7 +121,8 @@ def explain(
 
     Arguments:
         model: Any Pyro model.
-        batch: Its arguments; what the model then does not observe is drawn.
+        batch: Its arguments, arrays and data frames as `fit` takes them; what the model then does
+            not observe is drawn.
         guide: A guide for it, from which the latents are then drawn; it is explained as well.
         plate: Name of the plate over rows.
         seed: Of the draws.
@@ -148,6 +150,7 @@ def explain(
     """
     check_programs("explain", model=model, **({} if guide is None else {"guide": guide}))
     programs = [program for program in (model, guide) if program is not None]
+    batch = tuple(as_batch(value, *programs)[0] if _is_table(value) else value for value in batch)
     with (
         poutine.block(),
         scratch_store(),
@@ -201,6 +204,10 @@ def _log_density(node: Any) -> float | None:
     except NotImplementedError:
         return None
     return scale_and_mask(terms, node["scale"], node["mask"]).sum().item()
+
+
+def _is_table(value: Any) -> bool:
+    return isinstance(value, np.ndarray) or hasattr(value, "to_numpy")
 
 
 def _said(error: Exception) -> str:

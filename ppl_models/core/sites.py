@@ -46,6 +46,7 @@ class Site:
         deterministic: Whether it is a `pyro.deterministic` statement, which has no density.
         log_density: Of the value, scaled and masked as it counts, nats in total: what `explain`
             adds; None where it is unknown.
+        auxiliary: Whether it is one of a guide alone, marked `infer={"is_auxiliary": True}`.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Site:
     plate: str
     deterministic: bool = False
     log_density: float | None = None
+    auxiliary: bool = False
 
     @property
     def latent(self) -> bool:
@@ -80,6 +82,8 @@ class Site:
             return "deterministic"
         if self.observed:
             return "factor" if isinstance(base_distribution(self.fn), Unit) else "observed"
+        if self.auxiliary:
+            return "auxiliary"
         return "enumerated" if self.enumerated else "latent"
 
     @property
@@ -503,6 +507,7 @@ def _site(name: str, node: Any, plate: str) -> Site:
         plates=tuple(frames),
         plate=plate,
         deterministic=deterministic,
+        auxiliary=bool(node["infer"].get("is_auxiliary", False)),
     )
 
 

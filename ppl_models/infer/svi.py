@@ -284,6 +284,7 @@ def fit(
                 "seed": None if seed is None else int(seed),
                 "fixed_model": fixed_model,
                 "plate": plate,
+                "compile": compile,
             },
             example=tuple(value[:2].clone() for value in batch),
         )

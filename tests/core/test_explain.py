@@ -12,6 +12,7 @@ import pytest
 import scipy.stats
 import torch
 from pyro import poutine
+from pyro.infer.autoguide import AutoNormal
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -282,3 +283,27 @@ def test_a_note_is_hung_once_however_often_an_error_passes() -> None:
         site_table(outer, torch.zeros(6, 5))
     (note,) = error.value.__notes__
     assert note.startswith("torn failed after site 'z'.")
+
+
+def test_arrays_are_taken_as_fit_takes_them() -> None:
+    model = PPCA(data_dim=3, latent_dim=1).float()
+    x = torch.randn(4, 3)
+    want, got = explain(model, x.float()), explain(model, x.numpy())
+    assert got.failure is None
+    assert [site.log_density for site in got.sites] == pytest.approx(
+        [site.log_density for site in want.sites]
+    )
+
+
+def test_auxiliary_sites_of_a_guide_are_told_as_such() -> None:
+    def model() -> None:
+        pyro.sample("w", dist.Normal(0.0, 1.0))
+
+    guide = AutoNormal(model)
+    guide()
+    told = explain(model, guide=guide).guide
+    assert told is not None
+    assert {site.name: site.role for site in told.sites} == {
+        "w_unconstrained": "auxiliary",
+        "w": "global latent",
+    }
