@@ -247,6 +247,8 @@ def _find(key: str) -> Path | None:
         path = folder() / f"{digest}.so"
         if hashlib.sha256(path.read_bytes()).hexdigest() == digest:
             return path
+        with contextlib.suppress(OSError):
+            path.unlink()
     except FileNotFoundError:
         if not note.exists():
             return None
@@ -261,10 +263,17 @@ def _keep(made: Path, key: str) -> Path:
     """Put a step into the cache, where another process may be about to put the same."""
     digest = hashlib.sha256(made.read_bytes()).hexdigest()
     path = made.with_name(f"{digest}.so")
-    os.replace(made, path)
     note = made.with_name(f".{key}-{secrets.token_hex(4)}.txt")
-    note.write_text(digest)
-    os.replace(note, made.with_name(f"{key}.txt"))
+    try:
+        os.replace(made, path)
+        note.write_text(digest)
+        os.replace(note, made.with_name(f"{key}.txt"))
+    except OSError as error:
+        _say(f"a compiled step cannot be kept in {folder()} ({error.strerror}); it serves once.")
+        note.unlink(missing_ok=True)
+        kept = path if path.exists() else made
+        atexit.register(kept.unlink, missing_ok=True)
+        return kept
     return path
 
 
@@ -320,9 +329,11 @@ class _Compiler:
             if error := self._ask(asked, job["cxx"]):
                 raise backend.Unsupported(error)
             return _keep(made, key)
+        except BaseException:
+            made.unlink(missing_ok=True)
+            raise
         finally:
-            for left in (made, asked):
-                left.unlink(missing_ok=True)
+            asked.unlink(missing_ok=True)
 
     def _ask(self, job: Path, cxx: tuple[str, ...]) -> str | None:
         """Have one job done, and return what went wrong, if anything did."""

@@ -62,6 +62,7 @@ def test_what_is_damaged_is_not_loaded_but_built_anew(
     (kept,) = files(tmp_path, ".so")
     kept.write_bytes(kept.read_bytes()[:1000] + b"rubbish")
     assert torch.equal(trained().bounds, first.bounds)
+    assert len(files(tmp_path, ".so")) == 1
     told = capfd.readouterr().err
     assert "is damaged; it is compiled anew." in told
     assert told.count("\n") == 1
@@ -81,6 +82,18 @@ def test_a_folder_that_cannot_be_written_is_told_and_done_without(
     assert "cannot be written to" in told
     assert "Set PPL_MODELS_CACHE" in told
     assert told.count("\n") == 1
+
+
+def test_a_step_that_cannot_be_kept_serves_all_the_same(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*paths: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(compile.os, "replace", refuse)
+        assert trained().compiled.startswith("compiled from step 2")
+    assert "cannot be kept in" in capfd.readouterr().err
 
 
 def test_a_compiler_that_fails_is_told_in_a_line_and_the_graph_goes_on(
