@@ -32,6 +32,8 @@ class Posterior(Mapping[str, Tensor]):
             where that is given.
         accept: Mean acceptance probability of each chain, shape (chains,) or (chains, N).
         seconds: Time taken, warm-up included, in seconds.
+        warmup_seconds: That of the warm-up.
+        sampling_seconds: That of the draws kept. What is left was for recording and compiling.
         warmup: Transitions spent on adaptation in each chain.
         divergent: Which transitions diverged, shape (chains, draws), or (chains, draws, N) where
             each of N rows was a target of its own, as for all that follows.
@@ -61,6 +63,8 @@ class Posterior(Mapping[str, Tensor]):
         divergences: Tensor | None = None,
         accept: Tensor | None = None,
         seconds: float = 0.0,
+        warmup_seconds: float = 0.0,
+        sampling_seconds: float = 0.0,
         warmup: int = 0,
         divergent: Tensor | None = None,
         depth: Tensor | None = None,
@@ -86,6 +90,8 @@ class Posterior(Mapping[str, Tensor]):
         self.divergences = torch.zeros(self.chains) if divergences is None else divergences
         self.accept = torch.full((self.chains,), torch.nan) if accept is None else accept
         self.seconds = seconds
+        self.warmup_seconds = warmup_seconds
+        self.sampling_seconds = sampling_seconds
         self.warmup = warmup
         self.divergent = divergent
         self.depth = depth

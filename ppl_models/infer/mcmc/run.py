@@ -190,6 +190,8 @@ class _Outcome:
     step_size: Tensor  # (chains,) or (chains, rows)
     rung: str
     interrupted: bool
+    warmup_seconds: float
+    sampling_seconds: float
 
     def without(self, rows: int, axes: dict[str, int]) -> _Outcome:
         """Return it without the first rows."""
@@ -255,9 +257,12 @@ class _Task:
             report(made, engine.status())
             return True
 
+        ready = time.perf_counter()
         if not warm_up(engine, groups, windows(self.warmup), watch):
             raise KeyboardInterrupt
+        warm = time.perf_counter()
         draws = engine.run(self.draws, adapts=False, watch=lambda made: watch(self.warmup + made))
+        end = time.perf_counter()
         if len(draws) < min(4, self.draws):
             raise KeyboardInterrupt
 
@@ -279,6 +284,8 @@ class _Task:
             step.squeeze(1) if first_row is None else step,
             engine.rung,
             len(draws) < self.draws,
+            warmup_seconds=warm - ready,
+            sampling_seconds=end - warm,
         )
 
     def _compiles(self, columns: int) -> bool:
@@ -321,6 +328,8 @@ def _posterior(
         compiled=first.rung,
         row_axis=axes,
         seconds=seconds,
+        warmup_seconds=sum(part.warmup_seconds for part in outcomes),
+        sampling_seconds=sum(part.sampling_seconds for part in outcomes),
         warmup=task.warmup,
     )
 

@@ -56,6 +56,20 @@ def test_global_and_local_latents_are_sampled_jointly() -> None:
     within_errors(Posterior({"v": (posterior["w"] - w) ** 2}), "v", torch.tensor(1 / 2.5))
 
 
+def test_the_time_of_warm_up_and_of_draws_is_told_apart() -> None:
+    model = PPCA(data_dim=4, latent_dim=2)
+    x = model(size=3).detach()
+    for rows in (False, True):
+        few, many = (
+            sample(model, x, chains=2, draws=draws, warmup=warmup, rows=rows, compile=False, seed=0)
+            for draws, warmup in ((4, 200), (200, 4))
+        )
+        for posterior in (few, many):
+            assert 0 < posterior.warmup_seconds + posterior.sampling_seconds < posterior.seconds
+        assert few.warmup_seconds > few.sampling_seconds
+        assert many.sampling_seconds > many.warmup_seconds
+
+
 def test_constrained_latents_come_back_in_their_support() -> None:
     def model(x: Tensor) -> None:
         rate = pyro.sample("rate", dist.Gamma(2.0, 1.0))
