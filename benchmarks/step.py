@@ -45,18 +45,17 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import record
 import torch
+from processes import HERE, Peer, caches, environment, load, say
 from step_cases import CASES
 from step_torch import VARIANTS, Ours, make_data, start
 
 from ppl_models.core.table import text_table
 
-HERE = Path(__file__).parent
 PEERS = {"NumPyro loop": "loop", "NumPyro scan": "scan"}
 NAMES = [*VARIANTS, *PEERS]
 FIRST = ("small", "regression", "mixture")  # the first models of a process, in this order
@@ -68,35 +67,6 @@ RATIOS = (
     ("vanilla", "fit compiled"),
 )
 Results = dict[str, dict[str, dict[str, Any]]]  # of each variant, by case
-
-
-class Peer:
-    """NumPyro in a process of its own, asked line by line."""
-
-    def __init__(self, python: str, environment: dict[str, str]) -> None:
-        self.process = subprocess.Popen(
-            [python, str(HERE / "step_numpyro.py")],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-
-    def ask(self, name: str, *arguments: Any) -> Any:
-        """Send a request and return its answer; ImportError says what its environment lacks."""
-        assert self.process.stdin
-        assert self.process.stdout
-        print(json.dumps([name, *arguments]), file=self.process.stdin, flush=True)
-        reply = json.loads(self.process.stdout.readline() or '{"missing": "it has ended"}')
-        if "missing" in reply:
-            raise ImportError(reply["missing"])
-        return reply["value"]
-
-    def close(self) -> None:
-        """End the process."""
-        assert self.process.stdin
-        self.process.stdin.close()
-        self.process.wait()
 
 
 class Stopwatch:
@@ -154,7 +124,7 @@ def difference(variant: Ours, target: float) -> Stopwatch:
     The shorter run has an epoch at least: its last batch may be smaller, which is set up too.
     """
     setup, step = variant.pace()
-    _say(f"  set-up of a run {setup:.2f} s, a step about {1000 * step:.4f} ms")
+    say(f"  set-up of a run {setup:.2f} s, a step about {1000 * step:.4f} ms")
     epoch = math.ceil(variant.case.rows / variant.case.batch)
     goal = max(target, setup / 2)
     steps = max(2 * epoch, math.ceil(goal / step))
@@ -183,17 +153,17 @@ def measure(name: str, peer: Peer | None, options: argparse.Namespace) -> dict[s
             if isinstance(variant, Ours)
             else stopwatch(variant.seconds, options.seconds)
         )
-        _say(f"{name}: {title} is ready. {variant.how}")
+        say(f"{name}: {title} is ready. {variant.how}")
     for title, (row, watch) in _prepare_peers(name, peer, options).items():
         found[title], watches[title] = row, watch
-        _say(f"{name}: {title} is ready")
+        say(f"{name}: {title} is ready")
     for _ in range(options.rounds):
         for watch in watches.values():
             watch.take()
     for title, watch in watches.items():
         least, median = watch.milliseconds()
         found[title] |= {"ms": least, "median_ms": median, "steps_a_round": watch.steps}
-        _say(f"{name}: {title} {least:.4f} ms a step")
+        say(f"{name}: {title} {least:.4f} ms a step")
     return found
 
 
@@ -208,7 +178,7 @@ def _prepare_peers(
         with tempfile.TemporaryDirectory() as folder:
             count = peer.ask("prepare", name, _hand_over(name, folder))
     except ImportError as error:
-        _say(f"{name}: no NumPyro, {error}")
+        say(f"{name}: no NumPyro, {error}")
         return {}
 
     def seconds(how: str) -> Callable[[int], float]:
@@ -247,7 +217,7 @@ def differences(found: dict[str, dict[str, Any]]) -> list[str]:
     return said
 
 
-def first_steps(options: argparse.Namespace, environment: dict[str, str]) -> dict[str, Any]:
+def first_steps(options: argparse.Namespace, around: dict[str, str]) -> dict[str, Any]:
     """Seconds of the first two steps: cold, of later models, and in a second process."""
     rows: dict[str, Any] = {}
     for who in ("fit compiled", "hand compiled", "NumPyro loop"):
@@ -255,35 +225,24 @@ def first_steps(options: argparse.Namespace, environment: dict[str, str]) -> dic
             continue
         with tempfile.TemporaryDirectory() as folder:
             # A compiler's own caches start as empty as ours does.
-            fresh = environment | _caches(folder)
+            fresh = around | caches(folder)
 
             cold, *later = _first(who, FIRST, fresh, options)
             (again,) = _first(who, FIRST[:1], fresh, options)
         rows[who] = {"cold": cold, "later": later, "second_process": again}
-        _say(f"first step: {who} {rows[who]}")
+        say(f"first step: {who} {rows[who]}")
     return rows
 
 
-def _caches(folder: str) -> dict[str, str]:
-    return {
-        "PPL_MODELS_CACHE": f"{folder}/ours",
-        "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor",
-        "JAX_COMPILATION_CACHE_DIR": f"{folder}/jax",
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
-
-
 def _first(
-    who: str, names: Sequence[str], environment: dict[str, str], options: argparse.Namespace
+    who: str, names: Sequence[str], around: dict[str, str], options: argparse.Namespace
 ) -> list[float]:
     """Take the first step of each case in a new process, and return the seconds of each."""
     if who not in PEERS:
         command = [sys.executable, str(HERE / "step_torch.py"), who, *names]
-        done = subprocess.run(
-            command, env=environment, stdout=subprocess.PIPE, text=True, check=True
-        )
+        done = subprocess.run(command, env=around, stdout=subprocess.PIPE, text=True, check=True)
         return json.loads(done.stdout.splitlines()[-1])
-    peer = Peer(options.numpyro, environment)
+    peer = Peer(options.numpyro, "step_numpyro.py", around)
     took = []
     with tempfile.TemporaryDirectory() as folder:
         for name in names:
@@ -358,29 +317,6 @@ def _first_table(first: dict[str, Any]) -> str:
     return text_table(head, lines, right=" rrrr")
 
 
-def _load() -> str:
-    return "{:.2f} (1 minute), {:.2f} (5 minutes)".format(*os.getloadavg())
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
-def _environment(threads: int) -> dict[str, str]:
-    """Give every process as many threads; NPROC is what XLA sizes its pool by."""
-    eigen = "true" if threads > 1 else "false"
-    flags = f"--xla_cpu_multi_thread_eigen={eigen} intra_op_parallelism_threads={threads}"
-    count = str(threads)
-    return {
-        **os.environ,
-        "OMP_NUM_THREADS": count,
-        "MKL_NUM_THREADS": count,
-        "NPROC": count,
-        "XLA_FLAGS": flags,
-        "JAX_PLATFORMS": "cpu",
-    }
-
-
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -419,26 +355,26 @@ def _options() -> argparse.Namespace:
 def main() -> None:
     """Run what was asked for, and write the results."""
     options = _options()
-    notes = [f"Load before: {_load()}"]
+    notes = [f"Load before: {load()}"]
     torch.set_num_threads(options.threads)
-    environment = _environment(options.threads)
-    peer = None if options.numpyro is None else Peer(options.numpyro, environment)
+    around = environment(options.threads)
+    peer = None if options.numpyro is None else Peer(options.numpyro, "step_numpyro.py", around)
     if peer is None:
-        _say("No NumPyro: this environment lacks it. Say --numpyro PATH, a python that has it.")
+        say("No NumPyro: this environment lacks it. Say --numpyro PATH, a python that has it.")
     else:
         notes.append(f"{peer.ask('versions')}, in a process of its own")
     results: Results = {}
     first: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
-        os.environ |= _caches(folder)  # what an earlier run has compiled or chosen has no say
+        os.environ |= caches(folder)  # what an earlier run has compiled or chosen has no say
         for name in options.cases:
             results[name] = measure(name, peer, options)
-            notes.append(f"Load after {name}: {_load()}")
+            notes.append(f"Load after {name}: {load()}")
     if peer is not None:
         peer.close()
     write(results, first, notes, options)  # before what may fail
     if not options.quick:
-        first = first_steps(options, environment)
+        first = first_steps(options, around)
         write(results, first, notes, options)
 
 
