@@ -21,14 +21,11 @@ HERE = Path(__file__).parent
 class Peer:
     """A process that runs a script of this folder."""
 
-    def __init__(
-        self, python: str, script: str, environment: dict[str, str], *, quiet: bool = False
-    ) -> None:
+    def __init__(self, python: str, script: str, environment: dict[str, str]) -> None:
         self.process = subprocess.Popen(
             [python, str(HERE / script)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL if quiet else None,
             text=True,
             env=environment,
         )
@@ -58,13 +55,14 @@ class Peer:
         self.process.wait()
 
 
-def serve(answer: Callable[..., Any]) -> None:
+def serve(answers: dict[str, Callable[..., Any]]) -> None:
     """Be such a process: answer line by line, until stdin ends; what else is printed goes astray."""
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     for line in sys.stdin:
         try:
-            reply = {"value": answer(*json.loads(line))}
+            name, *arguments = json.loads(line)
+            reply = {"value": answers[name](*arguments)}
         except Exception as error:  # noqa: BLE001 - whatever a library fails with: the others go on
             text = str(error).strip() or repr(error)
             reply = {"missing": f"{type(error).__name__}: {text.splitlines()[0][:200]}"}
@@ -94,6 +92,7 @@ def caches(folder: str) -> dict[str, str]:
         "JAX_COMPILATION_CACHE_DIR": f"{folder}/jax",
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "NUMBA_CACHE_DIR": f"{folder}/numba",
+        "PYTENSOR_FLAGS": f"base_compiledir={folder}/pytensor",
     }
 
 
