@@ -95,7 +95,9 @@ class Engine:
         self._scale = torch.diag_embed(scale.T).permute(1, 2, 0).contiguous() if dense else scale
         self._density = _recorded(log_density, positions)
         start = nuts.begin(positions, self._white, streams(0, ids), depth)
-        self._slots = max(1, min(slots, NUMBERS // (chains * (dim + 4))))
+        # Round numbers, so that one compiled tick serves for many a number of draws.
+        bucket = 1 << max(6, (slots - 1).bit_length())
+        self._slots = max(1, min(bucket, NUMBERS // (chains * (dim + 4))))
         blank = (_blank_record(positions, self._slots), _blank_tuning(positions, depth, target))
         self._live: tuple[Tensor, ...] = (*start, *streams(0, ids), *blank[0], *blank[1])
         self._state, self._stream, self._record, self.tuning = _parts(self._live)
@@ -190,7 +192,8 @@ class Engine:
         written = self._record
         u = self._unwhitened(written.q[:, :made].permute(2, 0, 1)).permute(1, 2, 0)
         if made:
-            last = written.q[torch.arange(len(self._ids)), tuning.slot.clamp(max=goal) - 1]
+            chains = torch.arange(len(self._ids), device=self._ids.device)
+            last = written.q[chains, tuning.slot.clamp(max=goal) - 1]
             self._positions = self._unwhitened(last.T)
         return Draws(u, *(value[:, :made].clone() for value in written[1:]))
 
@@ -199,9 +202,7 @@ class Engine:
         start = time.perf_counter()
         many = max(1, min(10_000, int(BLOCK / self._speed))) if self._speed else 10
         if self._library is not None:
-            device = self._ids.device
-            rates = torch.zeros(0, dtype=torch.float64, device=device)
-            values, error = self._library.run(None, None, rates, torch.zeros(many, 0))
+            values, error = self._library.run(None, None, torch.zeros(0), torch.zeros(many, 0))
             if error:
                 raise RuntimeError(f"a compiled tick failed: {error}")
             many = len(values)
