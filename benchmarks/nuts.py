@@ -408,7 +408,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--chains", nargs="+", type=int, default=CHAINS, help="numbers of chains")
     parser.add_argument("--draws", type=int, default=500, help="of each chain, by default 500")
     parser.add_argument("--warmup", type=int, default=500, help="by default 500")
-    parser.add_argument("--rounds", type=int, default=3, help="by default 3")
+    parser.add_argument("--rounds", type=int, help="by default 3")
     parser.add_argument(
         "--limit", type=float, default=300.0,
         help="seconds that a run may take, compiling included; by default 300",
@@ -420,14 +420,15 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1, help="threads of each process")
     parser.add_argument(
         "--quick", action="store_true",
-        help="eight schools at 4 and 64 chains unless others are asked for, one round: a look",
+        help="eight schools at 4 and 64 chains and one round, unless others are asked for: a look",
     )  # fmt: skip
     parser.add_argument(
         "--name", help="name of the result files, by default nuts or nuts-2-threads"
     )
     options = parser.parse_args()
+    if options.rounds is None:
+        options.rounds = 1 if options.quick else 3
     if options.quick:
-        options.rounds = 1
         options.cases = options.cases if len(options.cases) < len(CASES) else ["eight_schools"]
         options.chains = (4, 64) if options.chains is CHAINS else options.chains
     if options.name is None:
