@@ -21,7 +21,9 @@ from ppl_models.infer.mcmc.hashing import Stream, streams
 from ppl_models.infer.mcmc.nuts import LogDensity, Record, Trajectory, Tuning
 
 BLOCK = 0.05  # seconds that one call may take: Ctrl-C waits for it
-NUMBERS = 2**25  # that the record of a run may hold
+PART = 512  # transitions, after which chains wait for each other and go on afresh
+NUMBERS = 2**28  # that the record of a part may hold
+BOLD = 15  # transitions of a window that is long
 
 # Called now and then with transitions made by all chains; False ends the run.
 Watch = Callable[[int], bool]
@@ -95,9 +97,10 @@ class Engine:
         self._scale = torch.diag_embed(scale.T).permute(1, 2, 0).contiguous() if dense else scale
         self._density = _recorded(log_density, positions)
         start = nuts.begin(positions, self._white, streams(0, ids), depth)
-        # Round numbers, so that one compiled tick serves for many a number of draws.
-        bucket = 1 << max(6, (slots - 1).bit_length())
-        self._slots = max(1, min(bucket, NUMBERS // (chains * (dim + 4))))
+        # Round numbers, so that one compiled tick serves for many a number of draws; and no more
+        # than a part of them, so that where a part ends does not depend on the number of chains.
+        self._slots = min(1 << max(6, (slots - 1).bit_length()), PART)
+        self._slots = max(1, min(self._slots, NUMBERS // (chains * (dim + 4))))
         blank = (_blank_record(positions, self._slots), _blank_tuning(positions, depth, target))
         self._live: tuple[Tensor, ...] = (*start, *streams(0, ids), *blank[0], *blank[1])
         self._state, self._stream, self._record, self.tuning = _parts(self._live)
@@ -180,7 +183,8 @@ class Engine:
         tuning.depth.fill_(min(depth, self._depth))
         tuning.adapts.fill_(1.0 if adapts else 0.0)
         if adapts:
-            tuning.centre.copy_(torch.log(10.0 * tuning.step))
+            # A long window begins with bold steps; a short one could not come back from them.
+            tuning.centre.copy_(torch.log((10.0 if goal >= BOLD else 1.0) * tuning.step))
             for value in (tuning.average, tuning.error, tuning.updates):
                 value.zero_()
         with suppress(KeyboardInterrupt):  # what has been drawn so far is kept

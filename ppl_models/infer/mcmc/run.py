@@ -21,7 +21,7 @@ from ppl_models.core.store import own_parameters
 from ppl_models.core.types import Batch
 from ppl_models.infer.mcmc.adaptation import groups_of, warm_up, windows
 from ppl_models.infer.mcmc.density import Density, density_of
-from ppl_models.infer.mcmc.engine import Engine
+from ppl_models.infer.mcmc.engine import PART, Engine
 from ppl_models.infer.mcmc.posterior import Posterior
 from ppl_models.infer.mcmc.start import anywhere, at_guide
 from ppl_models.infer.progress import progress_bar
@@ -282,7 +282,9 @@ class _Task:
             density.constrain(shaped(draws.u)),
             {name: shaped(value) for name, value in statistics.items()},
             step.squeeze(1) if first_row is None else step,
-            engine.rung,
+            engine.rung
+            if density.reason is None
+            else f"{engine.rung}; one by one: {density.reason}",
             len(draws) < self.draws,
             warmup_seconds=warm - ready,
             sampling_seconds=end - warm,
@@ -338,7 +340,7 @@ def _rows_at_once(table: SiteTable, size: int, task: _Task) -> int:
     """How many rows can be sampled together: as many in each part, but for a few in the last."""
     numbers = sum(site.value.numel() for site in table) / size
     latents = sum(site.value.numel() for site in table.latents) / size
-    column = 8 * numbers + (20 + 4 * task.sampler.max_depth) * latents
+    column = 8 * numbers + (20 + 4 * task.sampler.max_depth + PART) * latents
     most = max(1, int(NUMBERS / (column * task.chains)))
     return -(-size // -(-size // most))
 

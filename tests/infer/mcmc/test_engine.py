@@ -65,7 +65,7 @@ def test_a_row_does_not_depend_on_the_other_rows_nor_on_the_parts_they_are_done_
 
 
 def test_draws_in_several_parts_are_draws(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "NUMBERS", 3 * 14 * 50)
+    monkeypatch.setattr(engine, "PART", 50)
     posterior = of(schools, draws=400, warmup=200)
     assert posterior["mean"].shape == (3, 400)
     for name, mean, scale in (("mean", 4.4, 3.3), ("scale", 3.6, 3.2)):
@@ -174,6 +174,18 @@ def test_single_precision_is_single_precision() -> None:
     assert posterior.energy is not None
     assert posterior.energy.dtype == torch.float32
     assert abs(posterior.mean()["loc"]) < 5 * posterior.mcse()["loc"]
+
+
+@pytest.mark.parametrize("chains", [8, 64])
+@pytest.mark.parametrize("warmup", [5, 20, 30])
+def test_a_short_warm_up_ends_on_a_step_that_moves(chains: int, warmup: int) -> None:
+    def model() -> None:
+        with pyro.plate("rows", 4):
+            pyro.sample("x", dist.Normal(0.0, 1.0))
+
+    posterior = of(model, chains=chains, draws=50, warmup=warmup)
+    assert posterior.accept.min() > 0.4
+    assert not posterior.stuck.any()
 
 
 # The ladder.
