@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterator, Sequence
 from importlib import util
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -50,9 +51,15 @@ def compiles_here() -> str | None:
 
 def trace(function: Callable[..., Any], *inputs: Tensor) -> GraphModule:
     """Run a function once, and return the graph of the tensor operations that it ran."""
-    from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.fx import config
+    from torch.fx.experimental import proxy_tensor
 
-    return make_fx(function, tracing_mode="real")(*inputs)
+    # What torch would note at each operation takes most of the time, and nobody reads it.
+    with (
+        mock.patch.object(proxy_tensor, "extract_val", lambda value, **_: None),
+        mock.patch.object(config, "do_not_emit_stack_traces", True),
+    ):
+        return proxy_tensor.make_fx(function, tracing_mode="real")(*inputs)
 
 
 @contextlib.contextmanager
