@@ -209,7 +209,7 @@ def funnel() -> None:
 
 def test_transitions_are_told_one_by_one() -> None:
     sampler = NUTS(target_accept=0.6, max_depth=4)
-    posterior = sample(funnel, sampler=sampler, chains=2, draws=150, warmup=50, seed=5)
+    posterior = sample(funnel, sampler=sampler, chains=10, draws=150, warmup=50, seed=8)
     assert posterior.warmup == 50
     assert posterior.divergent is not None
     assert posterior.depth is not None
