@@ -56,10 +56,14 @@ def trace(function: Callable[..., Any], *inputs: Tensor) -> GraphModule:
 
     # What torch would note at each operation takes most of the time, and nobody reads it.
     with (
-        mock.patch.object(proxy_tensor, "extract_val", lambda value, **_: None),
+        mock.patch.object(proxy_tensor, "extract_val", _nothing),
         mock.patch.object(config, "do_not_emit_stack_traces", True),
     ):
         return proxy_tensor.make_fx(function, tracing_mode="real")(*inputs)
+
+
+def _nothing(value: Any, **_: Any) -> None:
+    """Note nothing about a value."""
 
 
 @contextlib.contextmanager
