@@ -327,7 +327,7 @@ class _Compiler:
             folder().mkdir(parents=True, exist_ok=True)  # it may have been deleted
             asked.write_text(json.dumps(job | {"out": str(made), "choices": str(_choices())}))
             if error := self._ask(asked, job["cxx"]):
-                raise backend.Unsupported(error)
+                raise backend.Unsupported(in_words(error))
             return _keep(made, key)
         except BaseException:
             made.unlink(missing_ok=True)
@@ -363,6 +363,21 @@ class _Compiler:
             return json.loads(answer)["error"]
         self.stop()
         return "the process of the compiler ended without an answer"
+
+
+def in_words(error: str) -> str:
+    """Say what users know an operator by that has no compiled form.
+
+    Example:
+        >>> in_words("aten.nonzero.default").partition(";")[0]
+        'indexing by a mask (aten.nonzero), as correlation matrices do it (LKJ), is not compiled'
+    """
+    if "aten.nonzero" in error:
+        return (
+            "indexing by a mask (aten.nonzero), as correlation matrices do it (LKJ), is not "
+            "compiled; torch.where and fixed indices are"
+        )
+    return error
 
 
 @functools.cache
