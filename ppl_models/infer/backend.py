@@ -24,6 +24,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from importlib import util
 from pathlib import Path
 from typing import Any
@@ -338,6 +339,8 @@ def _lower(job: dict[str, Any]) -> str:
 
     torch.set_num_threads(job["threads"])
     mode = FakeTensorMode()
+    has_doubles = any(dtype == "float64" for _, _, dtype, _ in job["inputs"])
+    width = torch.float64 if has_doubles else torch.float32
     with torch.no_grad(), mode:
         inputs = [
             torch.empty_strided(
@@ -346,8 +349,10 @@ def _lower(job: dict[str, Any]) -> str:
             for shape, stride, dtype, device in job["inputs"]
         ]
         step = torch.func.functionalize(_step(job), remove="mutations")
-        graph = make_fx(step, decomposition_table=_decompositions(), tracing_mode="real")(*inputs)
+        parts = _decompositions(width)
+        graph = make_fx(step, decomposition_table=parts, tracing_mode="real")(*inputs)
     graph.graph.eliminate_dead_code()
+    _store_masks(graph, width)
     _route_products(graph, Path(job["choices"]))
     caught: list[tuple[str, str]] = []
 
@@ -372,7 +377,7 @@ def _lower(job: dict[str, Any]) -> str:
         "fx_graph_cache": False,
         "size_asserts": False,
         "cpp_wrapper": True,
-    }
+    } | _vectors(job)
     with (
         config.patch(settings),
         tracing(TracingContext(mode)),
@@ -386,17 +391,32 @@ def _lower(job: dict[str, Any]) -> str:
     return _standalone(*caught[0])
 
 
+def _vectors(job: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of Inductor that choose narrower vectors, if they are asked for."""
+    from torch._inductor.cpu_vec_isa import pick_vec_isa
+
+    return {"cpp.simdlen": 256} if job["narrow"] and pick_vec_isa().bit_width() > 256 else {}
+
+
 def _draws(operator: Any) -> bool:
     return torch.Tag.nondeterministic_seeded in getattr(operator, "tags", ())
 
 
-def _decompositions() -> dict[Any, Any]:
+def _decompositions(width: torch.dtype) -> dict[Any, Any]:
     """What is taken apart before it is compiled: no draws, whose parts would draw otherwise."""
     from torch._inductor.decomposition import select_decomp_table
 
     aten: Any = torch.ops.aten
     parts = {op: parts for op, parts in select_decomp_table().items() if not _draws(op)}
-    return parts | {aten.mm.default: _short_product, aten.addmm.default: _short_sum}
+    both, either = partial(_both, width), partial(_either, width)
+    return parts | {
+        aten.mm.default: _short_product,
+        aten.addmm.default: _short_sum,
+        aten.bitwise_and.Tensor: both,
+        aten.logical_and.default: both,
+        aten.bitwise_or.Tensor: either,
+        aten.logical_or.default: either,
+    }
 
 
 def _short_product(one: Tensor, other: Tensor) -> Any:
@@ -427,6 +447,53 @@ def _draw_as_torch_does(graph: GraphModule) -> None:
         if node.op == "call_function" and _draws(node.target) and node.target not in fine:
             own: Any = lowering.fallback_handler(node.target, add_to_fallback_set=False)
             lowering.lowerings[node.target] = own
+
+
+def _both(width: torch.dtype, one: Tensor, other: Tensor) -> Any:
+    """Combine masks as floats: vectorised code combines bools element by element, on the stack."""
+    if one.dtype != torch.bool or other.dtype != torch.bool:
+        return NotImplemented
+    return torch.minimum(one.to(width), other.to(width)) > 0.0
+
+
+def _either(width: torch.dtype, one: Tensor, other: Tensor) -> Any:
+    if one.dtype != torch.bool or other.dtype != torch.bool:
+        return NotImplemented
+    return torch.maximum(one.to(width), other.to(width)) > 0.0
+
+
+def _store_masks(graph: GraphModule, width: torch.dtype) -> None:
+    """Store masks that are used more than once as floats, which are read and written in vectors."""
+    from torch._inductor import lowering
+
+    aten: Any = torch.ops.aten
+    if not hasattr(torch.ops.ppl_models, "stored"):
+        torch.library.define("ppl_models::stored", "(Tensor x) -> Tensor")
+        torch.library.impl("ppl_models::stored", "default", torch.clone)
+
+    def store(x: Any) -> Any:
+        x.realize()
+        return x
+
+    stored: Any = torch.ops.ppl_models.stored
+    lowering.lowerings[stored] = lowering.lowerings[stored.default] = store
+    for node in list(graph.graph.nodes):
+        value = node.meta.get("val")
+        is_mask = isinstance(value, Tensor) and value.dtype == torch.bool
+        if node.op != "call_function" or not is_mask or len(node.users) < 2:
+            continue
+        users, made = list(node.users), node
+        for target, *given in (
+            (torch.ops.prims.convert_element_type.default, width),
+            (stored.default,),
+            (aten.gt.Scalar, 0.0),
+        ):
+            with graph.graph.inserting_after(made):
+                made = graph.graph.call_function(target, (made, *given))
+            made.meta["val"] = value if target is aten.gt.Scalar else value.to(width)
+        for user in users:
+            user.replace_input_with(node, made)
+    graph.recompile()
 
 
 def _route_products(graph: GraphModule, choices: Path) -> None:
@@ -611,19 +678,22 @@ def _looped(body: str) -> str | None:
     return body.replace(f"    {name}({text});", f"{fixed}\n{bound}\n{loop}")
 
 
-def _build(source: str, out: Path, cxx: Sequence[str]) -> None:
+def _build(source: str, out: Path, job: dict[str, Any]) -> None:
     """Build a shared object, and put it in its place in one move."""
+    from torch._inductor import config
     from torch._inductor.cpp_builder import CppBuilder, CppTorchOptions
     from torch._inductor.cpu_vec_isa import pick_vec_isa
 
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".build-") as folder:
         path = Path(folder, "step.cpp")
         path.write_text(source)
-        options = CppTorchOptions(vec_isa=pick_vec_isa(), aot_mode=False, warning_all=False)
+        with config.patch(_vectors(job)):
+            isa = pick_vec_isa()
+        options = CppTorchOptions(vec_isa=isa, aot_mode=False, warning_all=False)
         builder = CppBuilder("step", str(path), BuildOption=options, output_dir=folder)
         slow = {"-g1", "-pedantic", "-fno-omit-frame-pointer", "-ltorch_python"}
         command = [word for word in builder.get_command_line().split() if word not in slow]
-        command[:1] = cxx
+        command[:1] = job["cxx"]
         command.append("-w")  # warnings of torch's headers take a second
         done = subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False)
         if done.returncode:
@@ -639,7 +709,7 @@ def _serve() -> None:
         answer: dict[str, Any]
         try:
             job = json.loads(Path(line.strip()).read_text())
-            _build(_lower(job), Path(job["out"]), job["cxx"])
+            _build(_lower(job), Path(job["out"]), job)
             answer = {"error": None}
         except Exception as error:  # noqa: BLE001 - whatever torch raises, training goes on
             cause: BaseException | None = error

@@ -52,6 +52,7 @@ class Plan:
             learning rates (G,), then for each group the powers (2,) and the state of each member;
             for one outside, a buffer for each gradient.
         per_member: State tensors that a member of a group has.
+        narrow: Whether most loops are too short for the widest vectors of the machine.
     """
 
     graph: Graph
@@ -61,6 +62,7 @@ class Plan:
     members: list[list[int]]
     states: tuple[Tensor, ...]
     per_member: int
+    narrow: bool = False
 
     @functools.cached_property
     def inputs(self) -> tuple[Tensor, ...]:
@@ -107,6 +109,7 @@ class Plan:
                 for v in self.inputs
             ],
             "threads": torch.get_num_threads(),
+            "narrow": self.narrow,
         }
 
 

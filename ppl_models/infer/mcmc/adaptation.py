@@ -68,7 +68,13 @@ def windows(warmup: int) -> list[Window]:
     return [*found, *(Window(n, learns=True) for n in middle), Window(end, learns=False)]
 
 
-def warm_up(engine: Engine, groups: Tensor, parts: list[Window], watch: Watch) -> bool:
+def warm_up(
+    engine: Engine,
+    groups: Tensor,
+    parts: list[Window],
+    watch: Watch,
+    after: Callable[[int, Draws], None] = lambda made, draws: None,
+) -> bool:
     """Let chains find the bulk of their targets, and learn their step sizes and metric.
 
     Arguments:
@@ -76,11 +82,12 @@ def warm_up(engine: Engine, groups: Tensor, parts: list[Window], watch: Watch) -
         groups: Of each chain, shape (C,).
         parts: Windows of warm-up.
         watch: Told how many transitions all chains have made; False ends it.
+        after: Given that number and the transitions of each window after the first metric.
 
     Returns:
         Whether it came to its end.
     """
-    made = 0
+    made, known = 0, False
     shares = len(groups) > int(groups.max()) + 1
     engine.find_step()
 
@@ -97,18 +104,22 @@ def warm_up(engine: Engine, groups: Tensor, parts: list[Window], watch: Watch) -
         if shares and number == len(parts) - 1 and window.transitions >= 2 * ROUNDS:
             # One step for all of a group, moved by what all of them answer.
             for turn in range(ROUNDS):
-                before, after = (window.transitions * (turn + k) // ROUNDS for k in (0, 1))
-                draws = run(after - before, adapts=False)
+                first, last = (window.transitions * (turn + k) // ROUNDS for k in (0, 1))
+                draws = run(last - first, adapts=False)
                 if draws is None:
                     return False
                 error = pooled(draws.accept.mean(1), groups) - engine.tuning.target
                 change = (2.0 / (1 + turn) * error).clamp(-1.0, 1.0)
                 engine.tuning.step.mul_(torch.exp(change))
+                after(made, draws)
             continue
         draws = run(window.transitions, adapts=True, depth=window.depth)
         if draws is None:
             return False
+        if known:
+            after(made, draws)
         if window.learns:
+            known = True
             engine.learn(grouped(draws.u, groups), groups)
             engine.find_step()
         if shares:

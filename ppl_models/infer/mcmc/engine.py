@@ -23,6 +23,7 @@ from ppl_models.infer.mcmc.nuts import LogDensity, Record, Trajectory, Tuning
 BLOCK = 0.05  # seconds that one call may take: Ctrl-C waits for it
 PART = 512  # transitions, after which chains wait for each other and go on afresh
 NUMBERS = 2**28  # that the record of a part may hold
+NARROW = 8  # chains that leave wide vectors half empty
 BOLD = 15  # transitions of a window that is long
 
 # Called now and then with transitions made by all chains; False ends the run.
@@ -65,8 +66,6 @@ class Engine:
         target: Acceptance probability aimed at.
         slots: Transitions that will be asked for at once, at most.
         dense: Whether the metric is a matrix.
-        compile: Whether ticks are compiled.
-        wait: Called over and over while the compiler is waited for; False if that is to end.
 
     Attributes:
         rung: Which rung of the ladder ticks run on and, if not the first, why.
@@ -83,8 +82,6 @@ class Engine:
         target: float,
         slots: int,
         dense: bool,
-        compile: bool,
-        wait: Callable[[], bool],
     ) -> None:
         dim, chains = positions.shape
         self._seed = seed
@@ -106,7 +103,36 @@ class Engine:
         self._state, self._stream, self._record, self.tuning = _parts(self._live)
         self._library: backend.Library | backend.Replay | None = None
         self._graph: Graph | None = None
-        self.rung = self._climb(compile, wait)
+        self.rung = "traced graph"
+        try:
+            self._graph = record(self._tick, *self._live)
+        except Untraceable as error:
+            self.rung = f"the program itself; {error}"
+
+    def compile(self, wait: Callable[[], bool]) -> None:
+        """Go on in a compiled loop, where ticks can be compiled.
+
+        Arguments:
+            wait: Called over and over while the compiler is waited for; False if that is to end.
+        """
+        if self._graph is None or self._library is not None:
+            return
+        narrow = len(self._ids) <= NARROW
+        plan = compile.Plan(self._graph, self._live, None, [], [], (), 0, narrow)
+        try:
+            if reason := compile.refusal(plan):
+                raise backend.Unsupported(reason)
+            built = compile.compiled(plan)
+            while not built.done():
+                if not wait():
+                    self.rung = "traced graph; the compiler was not waited for"
+                    return
+            self._library = _loaded(plan, built.result())
+        except backend.Unsupported as error:
+            self.rung = f"traced graph; not compiled: {error}"
+        else:
+            self.rung = f"compiled (torch {torch.__version__})"
+            self._speed = 0.0
 
     def learn(self, draws: Tensor, groups: Tensor) -> None:
         """Set the metric.
@@ -121,8 +147,8 @@ class Engine:
     def status(self) -> str:
         """Say how it goes, in a few words."""
         made = max(1, int(self.tuning.slot.min()))
-        accept = self._record.accept[:, :made].mean().item()
-        lost = int(self._record.divergent[:, :made].sum())
+        accept = self._record.accept[:made].mean().item()
+        lost = int(self._record.divergent[:made].sum())
         return (
             f"step {self.tuning.step.median().item():.2g}, acceptance {accept:.2f}, "
             f"{lost} divergences, {self.rung.partition(';')[0].partition(' (')[0]}"
@@ -194,12 +220,14 @@ class Engine:
         if adapts and made == goal:
             tuning.step.copy_(torch.exp(tuning.average))
         written = self._record
-        u = self._unwhitened(written.q[:, :made].permute(2, 0, 1)).permute(1, 2, 0)
+        u = self._unwhitened(written.q[:made].permute(1, 2, 0)).permute(1, 2, 0)
         if made:
             chains = torch.arange(len(self._ids), device=self._ids.device)
-            last = written.q[chains, tuning.slot.clamp(max=goal) - 1]
+            last = written.q[tuning.slot.long().clamp(max=goal) - 1, :, chains]
             self._positions = self._unwhitened(last.T)
-        return Draws(u, *(value[:, :made].clone() for value in written[1:]))
+        energy, accept, *counts = (value[:made].T.contiguous() for value in written[1:])
+        leaves, doublings, divergent = (value.long() for value in counts)
+        return Draws(u, energy, accept, leaves, doublings, divergent.bool())
 
     def _is_done(self) -> bool:
         """Run a block of ticks, and say whether all chains have done what was asked."""
@@ -231,30 +259,8 @@ class Engine:
         for old, new in zip(live, (value for part in after for value in part), strict=True):
             if new is not old:
                 old.copy_(new)
-        slot = after[3].slot
-        is_done = (slot >= tuning.goal).all()
-        return (torch.where(is_done, torch.nan, slot.min().double()),)
-
-    def _climb(self, compiles: bool, wait: Callable[[], bool]) -> str:
-        """Find the highest rung for ticks, and say which it is."""
-        try:
-            self._graph = record(self._tick, *self._live)
-        except Untraceable as error:
-            return f"the program itself; {error}"
-        if not compiles:
-            return "traced graph"
-        plan = compile.Plan(self._graph, self._live, None, [], [], (), 0)
-        try:
-            if reason := compile.refusal(plan):
-                raise backend.Unsupported(reason)
-            built = compile.compiled(plan)
-            while not built.done():
-                if not wait():
-                    return "traced graph; the compiler was not waited for"
-            self._library = _loaded(plan, built.result())
-        except backend.Unsupported as error:
-            return f"traced graph; not compiled: {error}"
-        return f"compiled (torch {torch.__version__})"
+        made = after[3].slot.min()
+        return (torch.where(made >= tuning.goal, torch.nan, made.double()),)
 
     def _white(self, q: Tensor) -> tuple[Tensor, Tensor]:
         """The log density of whitened positions, and its gradient."""
@@ -305,28 +311,20 @@ def _parts(live: Sequence[Tensor]) -> tuple[Trajectory, Stream, Record, Tuning]:
 
 def _blank_record(like: Tensor, slots: int) -> Record:
     dim, chains = like.shape
-    shape = (chains, slots + 1)
-    return Record(
-        q=like.new_zeros(*shape, dim),
-        energy=like.new_zeros(shape),
-        accept=like.new_zeros(shape),
-        leaves=like.new_zeros(shape, dtype=torch.int64),
-        depth=like.new_zeros(shape, dtype=torch.int64),
-        divergent=like.new_zeros(shape, dtype=torch.bool),
-    )
+    rest = (like.new_zeros(slots + 1, chains) for _ in Record._fields[1:])
+    return Record(like.new_zeros(slots + 1, dim, chains), *rest)
 
 
 def _blank_tuning(like: Tensor, depth: int, target: float) -> Tuning:
-    zeros = [like.new_zeros(like.shape[1]) for _ in range(5)]
-    zeros[0].fill_(1.0)
-    whole = {"dtype": torch.int64, "device": like.device}
+    zeros = [like.new_zeros(like.shape[1]) for _ in range(4)]
     return Tuning(
+        torch.ones_like(zeros[0]),
         *zeros,
-        slot=torch.zeros(like.shape[1], **whole),
-        goal=torch.zeros((), **whole),
+        slot=torch.zeros_like(zeros[0]),
+        goal=like.new_zeros(()),
         target=like.new_tensor(target),
         adapts=like.new_zeros(()),
-        depth=torch.tensor(depth, **whole),
+        depth=like.new_tensor(float(depth)),
     )
 
 

@@ -5,7 +5,8 @@ the subtree is merged; where it completes the trajectory, a draw is written and 
 begins. So no chain waits for the trajectory of another one, and nothing is decided in Python.
 
 Positions are whitened: unit scale under the metric, whose only place is the density. Chains are
-last in memory: arrays are (D, C), or (K, D, C) with one slot for each level of a tree.
+last in memory: arrays are (D, C), or (K, D, C) with one slot for each level of a tree. Counts are
+floats: where compiled code compares an integer beside them, it does so element by element.
 
 Sources:
     Hoffman & Gelman (2014). https://jmlr.org/papers/v15/hoffman14a.html
@@ -56,10 +57,11 @@ class Trajectory(NamedTuple):
     sub_weight: Tensor
     energy: Tensor  # at the start (C,)
     accept: Tensor  # summed acceptance probabilities of the leaves (C,)
-    leaves: Tensor  # how many (C,), int64
-    forward: Tensor  # whether the moving end moves forward in time (C,), bool
-    depth: Tensor  # doublings done (C,), int64
-    leaf: Tensor  # number of the next leaf in the subtree (C,), int64
+    leaves: Tensor  # how many (C,)
+    direction: Tensor  # 1.0 where the moving end moves forward in time, else -1.0 (C,)
+    depth: Tensor  # doublings done (C,)
+    size: Tensor  # leaves of the tree, and of the subtree once it is complete (C,)
+    leaf: Tensor  # number of the next leaf in the subtree (C,)
     even_r: Tensor  # at the last even leaf of each level: its momentum (K + 1, D, C),
     even_rho: Tensor  # the sum of the momenta before it,
     even_dot: Tensor  # its momentum times the sum from it on (K, C)
@@ -71,12 +73,12 @@ class Trajectory(NamedTuple):
 class Record(NamedTuple):
     """What is written at the end of each transition; the last slot takes what nobody asked for."""
 
-    q: Tensor  # (C, N + 1, D)
-    energy: Tensor  # (C, N + 1)
+    q: Tensor  # (N + 1, D, C)
+    energy: Tensor  # (N + 1, C)
     accept: Tensor  # mean acceptance probability of the leaves
-    leaves: Tensor  # int64
-    depth: Tensor  # int64
-    divergent: Tensor  # bool
+    leaves: Tensor
+    depth: Tensor
+    divergent: Tensor  # 1.0 where it is, else 0.0
 
 
 def begin(q: Tensor, log_density: LogDensity, stream: Stream, depth_limit: int) -> Trajectory:
@@ -84,14 +86,14 @@ def begin(q: Tensor, log_density: LogDensity, stream: Stream, depth_limit: int) 
     dim, chains = q.shape
     u, g = log_density(q)
     r = normals(stream, dim).to(q.dtype)
-    zero, none = torch.zeros_like(u), torch.zeros(chains, dtype=torch.int64, device=q.device)
+    zero = torch.zeros_like(u)
     levels = q.new_zeros(depth_limit + 1, dim, chains)
     dots = q.new_zeros(depth_limit, chains)
     energy = 0.5 * (r * r).sum(0) - u
-    forward = uniforms(stream, 1)[0] < 0.5
+    direction = _heads(uniforms(stream, 1)[0].to(q.dtype))
     made = Trajectory(
         *(q, r, g, q, r, g, q, g, u, q, g, u),
-        *(r, r, r, r, zero, zero, energy, zero, none, forward, none, none),
+        *(r, r, r, r, zero, zero, energy, zero, zero, direction, zero, zero + 1.0, zero),
         *(levels, levels, dots, levels, levels, dots),
     )
     return Trajectory(*(value.clone() for value in made))
@@ -105,11 +107,11 @@ class Tuning(NamedTuple):
     average: Tensor  # weighted mean of the log step sizes
     error: Tensor  # weighted mean of target less acceptance
     updates: Tensor  # how many
-    slot: Tensor  # draws written, int64
-    goal: Tensor  # draws asked for (), int64
+    slot: Tensor  # draws written
+    goal: Tensor  # draws asked for ()
     target: Tensor  # acceptance aimed at ()
     adapts: Tensor  # 1.0 where the step size is adapted, else 0.0 ()
-    depth: Tensor  # doublings allowed (), int64
+    depth: Tensor  # doublings allowed ()
 
 
 def tick(
@@ -131,7 +133,7 @@ def tick(
     dim = len(s.q)
     luck = uniforms(stream, 3).to(s.q.dtype)
 
-    step = torch.where(s.forward, tuning.step, -tuning.step)
+    step = s.direction * tuning.step
     r = s.r + 0.5 * step * s.g
     q = s.q + step * r
     u, g = log_density(q)
@@ -141,7 +143,7 @@ def tick(
     gain = s.energy + u - 0.5 * (r * r).sum(0)
     diverges = ~(gain > -DIVERGENCE) | (gain == torch.inf)  # a gain that is no number diverges
     gain = torch.where(diverges, -DIVERGENCE, gain)
-    is_first = s.leaf == 0
+    is_first = s.leaf == 0.0
     sub_weight = torch.where(is_first, gain, torch.logaddexp(s.sub_weight, gain))
     takes = luck[0] < torch.exp(gain - sub_weight)
     sub_q, sub_g, sub_u = (
@@ -151,12 +153,12 @@ def tick(
     first_r = torch.where(is_first, r, s.first_r)
     inner_r = torch.where(is_first, s.r, s.inner_r)
     accept = s.accept + torch.exp(torch.clamp(gain, max=0.0))
-    leaves = s.leaves + 1
+    leaves = s.leaves + 1.0
 
     turns, marks = _turns_within(s, r, sub_rho)
 
     # The subtree, once it is complete: whether the tree that it would make is one.
-    is_complete = s.leaf + 1 == torch.bitwise_left_shift(torch.ones_like(s.depth), s.depth)
+    is_complete = s.leaf + 1.0 == s.size
     fails = diverges | turns
     merges = is_complete & ~fails
     tree_rho = s.tree_rho + sub_rho
@@ -168,18 +170,22 @@ def tick(
         for new, old in ((sub_q, s.tree_q), (sub_g, s.tree_g), (sub_u, s.tree_u))
     )
     tree_weight = torch.logaddexp(s.tree_weight, sub_weight)
-    depth = s.depth + is_complete
+    depth = torch.where(is_complete, s.depth + 1.0, s.depth)
     ends = fails | (merges & (turns | (depth >= tuning.depth)))
 
     # The next leaf: of the same subtree, of another one at either end, or of another tree.
-    forward = torch.where(is_complete | ends, luck[2] < 0.5, s.forward)
-    flips = is_complete & (forward != s.forward)
+    tossed = _heads(luck[2])
+    direction = torch.where(is_complete | ends, tossed, s.direction)
+    flips = is_complete & (direction != s.direction)
     fresh = normals(stream, dim, first=3).to(q.dtype)
     zero = torch.zeros_like(u)
 
     def moved(here: Tensor, there: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
         at = torch.where(ends, new, torch.where(flips, there, here))
         return at, torch.where(ends, new, torch.where(flips, here, there))
+
+    def rest(tree: Tensor, old: Tensor, new: Tensor) -> Tensor:
+        return torch.where(ends, new, torch.where(merges, tree, old))
 
     (q, far_q), (r, far_r), (g, far_g) = (
         moved(q, s.far_q, tree_q),
@@ -188,29 +194,36 @@ def tick(
     )
     after = Trajectory(
         *(q, r, g, far_q, far_r, far_g, tree_q, tree_g, tree_u, sub_q, sub_g, sub_u),
-        tree_rho=torch.where(ends, fresh, torch.where(merges, tree_rho, s.tree_rho)),
+        tree_rho=rest(tree_rho, s.tree_rho, fresh),
         sub_rho=sub_rho,
         first_r=first_r,
         inner_r=inner_r,
-        tree_weight=torch.where(ends, zero, torch.where(merges, tree_weight, s.tree_weight)),
+        tree_weight=rest(tree_weight, s.tree_weight, zero),
         sub_weight=sub_weight,
         energy=torch.where(ends, 0.5 * (fresh * fresh).sum(0) - tree_u, s.energy),
         accept=torch.where(ends, zero, accept),
-        leaves=torch.where(ends, 0, leaves),
-        forward=forward,
-        depth=torch.where(ends, 0, depth),
-        leaf=torch.where(ends | is_complete, 0, s.leaf + 1),
+        leaves=torch.where(ends, zero, leaves),
+        direction=direction,
+        depth=torch.where(ends, zero, depth),
+        size=torch.where(ends, 1.0, torch.where(is_complete, 2.0 * s.size, s.size)),
+        leaf=torch.where(ends | is_complete, zero, s.leaf + 1.0),
         **marks,
     )
     is_asked = ends & (tuning.slot < tuning.goal)
     rate = accept / leaves
-    written = Record(tree_q, s.energy, rate, leaves, depth, diverges)
+    written = Record(tree_q, s.energy, rate, leaves, depth, diverges.to(u.dtype))
+    slot = torch.where(is_asked, tuning.slot, len(record.q) - 1.0).to(torch.int64)
     return (
         after,
         stream._replace(tick=stream.tick + 1),
-        _write(record, written, torch.where(is_asked, tuning.slot, record.energy.shape[1] - 1)),
+        Record(*(_put(old, slot, new) for old, new in zip(record, written, strict=True))),
         _tuned(tuning, rate, is_asked),
     )
+
+
+def _heads(luck: Tensor) -> Tensor:
+    """Return directions in time, by uniform numbers."""
+    return torch.where(luck < 0.5, 1.0, -1.0).to(luck.dtype)
 
 
 def _turns(start: Tensor, end: Tensor, rho: Tensor) -> Tensor:
@@ -227,12 +240,12 @@ def _turns_within(s: Trajectory, r: Tensor, sub_rho: Tensor) -> tuple[Tensor, di
     here has turned if dot <= 0 or r . (rho - M) <= 0. Beside the mark of the even leaf there is one
     of the odd leaf before it, the last of the half that it ended.
     """
-    levels = torch.arange(len(s.even_dot), device=r.device).unsqueeze(1)
-    half = s.leaf >> 1
-    level = ((half >> levels) & 1).sum(0)
-    is_odd = (s.leaf & 1) == 1
-    carried = s.leaf ^ (s.leaf + 1)  # ones: as many as ended subtrees, and one more
-    ended = ((carried >> levels) & 1).sum(0) - 1
+    bits = torch.arange(len(s.even_dot), device=r.device).unsqueeze(1)
+    levels, leaf = bits.to(r.dtype), s.leaf.to(torch.int64)
+    is_odd = (leaf & 1).to(r.dtype) > 0.0
+    level = ((leaf >> (bits + 1)) & 1).sum(0).to(r.dtype)
+    carried = leaf ^ (leaf + 1)  # ones: as many as ended subtrees, and one more
+    ended = ((carried >> bits) & 1).sum(0).to(r.dtype) - 1.0
     even_dot = s.even_dot + (s.even_r[:-1] * r).sum(1)
     odd_dot = s.odd_dot + (s.odd_r[:-1] * r).sum(1)
     whole = (r * sub_rho).sum(0)
@@ -240,37 +253,30 @@ def _turns_within(s: Trajectory, r: Tensor, sub_rho: Tensor) -> tuple[Tensor, di
     odd_turns = (odd_dot <= 0.0) | (whole - (s.odd_rho[:-1] * r).sum(1) <= 0.0)
     # Subtrees that end here; and, where the second half of one begins, its first half and the leaf.
     ending = is_odd & (levels <= level) & (levels > level - ended)
-    beginning = ~is_odd & (s.leaf > 0) & (levels == level - 1)
+    beginning = ~is_odd & (levels == level - 1.0)
     # The second half of one that ends here, and the leaf before it.
-    across = ending & (levels > level - ended + 1)
-    turns = (((ending | beginning) & even_turns) | (across & odd_turns)).any(0)
-    slot = torch.where(is_odd, len(levels), level)
+    across = ending & (levels > level - ended + 1.0)
+    turns = ((ending | beginning) & even_turns) | (across & odd_turns)
+    slot = torch.where(is_odd, float(len(bits)), level)
+    place = slot.to(torch.int64)
     marks = {
-        "even_r": _put(s.even_r, slot, r),
-        "even_rho": _put(s.even_rho, slot, sub_rho - r),
+        "even_r": _put(s.even_r, place, r),
+        "even_rho": _put(s.even_rho, place, sub_rho - r),
         "even_dot": torch.where(levels == slot, (r * r).sum(0), even_dot),
-        "odd_r": _put(s.odd_r, slot, s.r),
-        "odd_rho": _put(s.odd_rho, slot, sub_rho - r - s.r),
+        "odd_r": _put(s.odd_r, place, s.r),
+        "odd_rho": _put(s.odd_rho, place, sub_rho - r - s.r),
         "odd_dot": torch.where(levels == slot, (s.r * (s.r + r)).sum(0), odd_dot),
     }
-    return turns, marks
+    return turns.to(r.dtype).amax(0) > 0.0, marks
 
 
-def _put(levels: Tensor, slot: Tensor, value: Tensor) -> Tensor:
-    """Put a value (D, C), in place, into one level of each chain of levels (K + 1, D, C)."""
-    chains = torch.arange(value.shape[1], device=value.device)
+def _put(slots: Tensor, slot: Tensor, value: Tensor) -> Tensor:
+    """Put a value (..., C), in place, into one slot of each chain of slots (K, ..., C)."""
+    chains = torch.arange(value.shape[-1], device=value.device)
+    if value.ndim == 1:
+        return slots.index_put_((slot, chains), value)
     rows = torch.arange(len(value), device=value.device).unsqueeze(1)
-    return levels.index_put_((slot, rows, chains), value)
-
-
-def _write(record: Record, values: Record, slot: Tensor) -> Record:
-    """Put values of each chain, in place, into one slot of its record."""
-    chains = torch.arange(len(slot), device=slot.device)
-    places = torch.arange(record.q.shape[2], device=slot.device).unsqueeze(1)
-    positions = record.q.index_put_((chains, slot, places), values.q.to(record.q.dtype))
-    pairs = zip(record[1:], values[1:], strict=True)
-    rest = (old.index_put_((chains, slot), new.to(old.dtype)) for old, new in pairs)
-    return Record(positions, *rest)
+    return slots.index_put_((slot, rows, chains), value)
 
 
 def _tuned(tuning: Tuning, rate: Tensor, ends: Tensor) -> Tuning:

@@ -21,7 +21,7 @@ from ppl_models.core.store import own_parameters
 from ppl_models.core.types import Batch
 from ppl_models.infer.mcmc.adaptation import groups_of, warm_up, windows
 from ppl_models.infer.mcmc.density import Density, density_of
-from ppl_models.infer.mcmc.engine import PART, Engine
+from ppl_models.infer.mcmc.engine import PART, Draws, Engine
 from ppl_models.infer.mcmc.posterior import Posterior
 from ppl_models.infer.mcmc.start import anywhere, at_guide
 from ppl_models.infer.progress import progress_bar
@@ -246,9 +246,9 @@ class _Task:
             target=self.sampler.target_accept,
             slots=max(self.draws, *(window.transitions for window in windows(self.warmup)), 1),
             dense=self.sampler.dense,
-            compile=self._compiles(len(ids)),
-            wait=lambda: _waited(report),
         )
+        if self._compiles(TREE, 0, len(ids)):
+            engine.compile(lambda: _waited(report, 0))
         groups = groups_of(self.chains, targets, device)
         if first_metric is not None:
             engine.learn(first_metric, torch.arange(targets, device=device).repeat(self.chains))
@@ -257,8 +257,13 @@ class _Task:
             report(made, engine.status())
             return True
 
+        def look_again(made: int, seen: Draws) -> None:
+            leaves = seen.leaves.sum(1).max().item() / len(seen)
+            if self._compiles(leaves, made, len(ids)):
+                engine.compile(lambda: _waited(report, made))
+
         ready = time.perf_counter()
-        if not warm_up(engine, groups, windows(self.warmup), watch):
+        if not warm_up(engine, groups, windows(self.warmup), watch, look_again):
             raise KeyboardInterrupt
         warm = time.perf_counter()
         draws = engine.run(self.draws, adapts=False, watch=lambda made: watch(self.warmup + made))
@@ -290,15 +295,16 @@ class _Task:
             sampling_seconds=end - warm,
         )
 
-    def _compiles(self, columns: int) -> bool:
-        ticks = TREE * (self.warmup + self.draws)
+    def _compiles(self, leaves: float, made: int, columns: int) -> bool:
+        """Whether the compiler pays, given the leapfrog steps of a transition and how many are made."""
+        ticks = leaves * (self.warmup + self.draws - made)
         pays = ticks * columns >= LEAPFROGS and ticks >= TICKS
         return self.compile == "now" or (self.compile is True and pays)
 
 
-def _waited(report: Callable[[int, str], None]) -> bool:
+def _waited(report: Callable[[int, str], None], made: int) -> bool:
     """Wait a little for the compiler."""
-    report(0, "compiling")
+    report(made, "compiling")
     time.sleep(0.02)
     return True
 

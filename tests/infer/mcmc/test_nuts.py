@@ -46,25 +46,15 @@ def _precision(dim: int) -> Tensor:
 
 def blank(module: Any, chains: int, dim: int, slots: int, depth: int, step: float) -> Any:
     """A record and a tuning without adaptation."""
-    shape = (chains, slots + 1)
-    whole = {"dtype": torch.int64}
-    record = module.Record(
-        torch.zeros(*shape, dim),
-        torch.zeros(shape),
-        torch.zeros(shape),
-        torch.zeros(shape, **whole),
-        torch.zeros(shape, **whole),
-        torch.zeros(shape, dtype=torch.bool),
-    )
-    zeros = [torch.zeros(chains) for _ in range(4)]
+    rest = (torch.zeros(slots + 1, chains) for _ in range(5))
+    record = module.Record(torch.zeros(slots + 1, dim, chains), *rest)
     tuning = module.Tuning(
         torch.full((chains,), step),
-        *zeros,
-        slot=torch.zeros(chains, **whole),
-        goal=torch.tensor(slots),
+        *(torch.zeros(chains) for _ in range(5)),
+        goal=torch.tensor(float(slots)),
         target=torch.tensor(0.8),
         adapts=torch.tensor(0.0),
-        depth=torch.tensor(depth),
+        depth=torch.tensor(float(depth)),
     )
     return record, tuning
 
@@ -72,7 +62,7 @@ def blank(module: Any, chains: int, dim: int, slots: int, depth: int, step: floa
 def sampled(
     target: Target, q: Tensor, transitions: int, *, depth: int, step: float, module: Any = nuts
 ) -> Any:
-    """Run ticks until all chains have made some transitions; return their record."""
+    """Run ticks until all chains have made some transitions; return their record, chains first."""
     dim, chains = q.shape
     stream = streams(7, torch.arange(chains))
     state = module.begin(q, target, stream, depth)
@@ -82,7 +72,7 @@ def sampled(
         state, stream, record, tuning = module.tick(state, stream, record, tuning, target)
         if bool((tuning.slot >= transitions).all()):
             break
-    return module.Record(*(value[:, :transitions] for value in record))
+    return module.Record(*(value[:transitions].movedim(-1, 0) for value in record))
 
 
 # From the definition: momenta are kept, and every subtree is looked at in full.
@@ -239,8 +229,8 @@ MUTATIONS = {
         "torch.where(is_first, gain, torch.logaddexp",
         "torch.where(is_first, gain, torch.maximum",
     ),
-    "direction": ("luck[2] < 0.5, s.forward", "luck[2] < 0.4, s.forward"),
-    "level of a mark": ("half = s.leaf >> 1", "half = s.leaf >> 2"),
+    "direction": ("_heads(luck[2])", "_heads(luck[2] + 0.1)"),
+    "level of a mark": ("(leaf >> (bits + 1))", "(leaf >> (bits + 2))"),
     "marks of ended subtrees": ("(levels > level - ended)", "(levels >= level - ended)"),
     "sign of a momentum": ("inner_r + sub_rho", "sub_rho - inner_r"),
     "stale gradient": ("r = r + 0.5 * step * g", "r = r + 0.5 * step * s.g"),
@@ -311,9 +301,10 @@ def leapfrog(q: Tensor, r: Tensor, step: float, count: int) -> tuple[Tensor, Ten
     chains = q.shape[1]
     stream = streams(1, torch.arange(chains))
     state = nuts.begin(q, normal, stream, 8)
-    state = state._replace(r=r, far_r=r, forward=torch.full((chains,), step > 0))
+    direction = torch.full((chains,), math.copysign(1.0, step))
+    state = state._replace(r=r, far_r=r, direction=direction)
     record, tuning = blank(nuts, chains, len(q), 1, 8, abs(step))
-    state = state._replace(depth=torch.full((chains,), 7))  # a subtree that no tick completes
+    state = state._replace(size=torch.full((chains,), 128.0))  # that no tick completes
     for _ in range(count):
         state, stream, record, tuning = nuts.tick(state, stream, record, tuning, normal)
     return state.q, state.r
