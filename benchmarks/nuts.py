@@ -87,6 +87,8 @@ def make_data(name: str) -> dict[str, np.ndarray]:
         return _vae_data(np.random.default_rng(0), CASES[name].rows)
     file = {"gp_poisson": "gp_pois_regr"}.get(name, name)
     path = data_folder() / "posteriordb" / "data" / f"{file}.json"
+    if not path.is_file():
+        sys.exit(f"{name} needs {path}: point PPL_MODELS_DATA at a folder with a posteriordb in it")
     data = json.loads(path.read_text(encoding="utf-8"))
     values = {key: np.asarray(value, np.float64) for key, value in data.items()}
     if name == "arK":
