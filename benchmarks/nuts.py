@@ -4,7 +4,8 @@ All draw from the same posteriors in float64 on as many threads, with the same n
 draws and of warm-up transitions, and the same target of acceptance, 0.8 (nuts_cases.py has the
 posteriors). Each sampler has a process of its own:
 
-    ppl_models   ppl_models.infer.sample
+    ppl_models   ppl_models.infer.sample, compile="now": like the others it compiles in any case,
+                 also where by default it would not, since that takes longer than the run
     Pyro         pyro.infer.NUTS, one chain after the other
     Pyro JIT     the same with jit_compile=True
     NumPyro      NUTS, chain_method="vectorized", warm-up and draws each jitted as a whole, which

@@ -122,7 +122,7 @@ class Sampler:
     def _ours(self, chains: int, draws: int, warmup: int, seed: int) -> tuple[Any, Any]:
         posterior = sample(
             self.model, *self.data, chains=chains, draws=draws, warmup=warmup, seed=seed,
-            rows=bool(self.case.rows), progress=False,
+            rows=bool(self.case.rows), progress=False, compile="now",
         )  # fmt: skip
         told = posterior.warmup_seconds + posterior.sampling_seconds
         found = {
