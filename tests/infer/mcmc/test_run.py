@@ -13,6 +13,8 @@ from torch import Tensor
 
 from ppl_models import PPCA, VAE, bayesian
 from ppl_models.infer import NUTS, Posterior, sample
+from ppl_models.infer.mcmc import run
+from ppl_models.infer.mcmc.engine import Engine
 
 
 def within_errors(posterior: Posterior, site: str, mean: Tensor) -> None:
@@ -68,6 +70,25 @@ def test_the_time_of_warm_up_and_of_draws_is_told_apart() -> None:
             assert 0 < posterior.warmup_seconds + posterior.sampling_seconds < posterior.seconds
         assert few.warmup_seconds > few.sampling_seconds
         assert many.sampling_seconds > many.warmup_seconds
+
+
+def test_long_trajectories_are_compiled_after_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight leaves a transition are expected; what a metric leaves of longer ones is seen."""
+
+    def model(given: Tensor) -> None:
+        covariance = given * torch.ones(2, 2) + (1.0 - given) * torch.eye(2)
+        pyro.sample("z", dist.MultivariateNormal(torch.zeros(2), covariance))
+
+    asked: list[int] = []
+    monkeypatch.setattr(Engine, "compile", lambda self, wait: asked.append(1))
+    monkeypatch.setattr(run, "LEAPFROGS", 1500)
+    monkeypatch.setattr(run, "TICKS", 700)
+    found: list[bool] = []
+    for correlation in (0.0, 0.9999):
+        asked.clear()
+        sample(model, torch.tensor([correlation]), chains=2, draws=40, warmup=40, seed=0)
+        found.append(bool(asked))
+    assert found == [False, True]
 
 
 def test_constrained_latents_come_back_in_their_support() -> None:
