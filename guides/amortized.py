@@ -36,6 +36,8 @@ class Amortized(SiteGuide):
         encoder: Any network that maps the batch, `encoder(*batch)`, to features of shape (N, H).
             By default a tanh network on all floating arguments, flattened and joined.
         mean_field: Condition on the batch only, not on earlier local latents.
+        bottom_up: Draw the local latents in the opposite order to the model's, from the data
+            upwards, as recognition networks do.
         example: A batch of two or more rows to trace the model with; required unless the model can
             draw one with `model(size=2)`.
         plate: Name of the plate over rows.
@@ -62,10 +64,15 @@ class Amortized(SiteGuide):
         family: Families = None,
         encoder: nn.Module | None = None,
         mean_field: bool = False,
+        bottom_up: bool = False,
         example: Any = None,
         plate: str = "data",
     ) -> None:
         super().__init__(model, family=family, example=example, plate=plate)
+        if bottom_up:
+            order = [n for n, site in self._sites.items() if not site.local]
+            order += reversed(self.local_sites())
+            self._sites = {name: self._sites[name] for name in order}
         names = self.local_sites()
         if not names:
             raise ValueError(

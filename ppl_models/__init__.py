@@ -6,7 +6,17 @@ from ppl_models.core.render import render
 from ppl_models.factor_analysis import FactorAnalysis
 from ppl_models.parts.priors import bayesian
 from ppl_models.ppca import PPCA
+from ppl_models.sbn import SigmoidBeliefNetwork
 from ppl_models.vae import VAE
 
-__all__ = ["PPCA", "VAE", "FactorAnalysis", "bayesian", "explain", "minibatch", "render"]
+__all__ = [
+    "PPCA",
+    "VAE",
+    "FactorAnalysis",
+    "SigmoidBeliefNetwork",
+    "bayesian",
+    "explain",
+    "minibatch",
+    "render",
+]
 __version__ = "0.1.0"

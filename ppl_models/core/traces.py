@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
+from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
@@ -33,11 +34,13 @@ class Pair:
         model: Trace of the model.
         guide: Trace of the guide.
         particles: Draws in the leftmost plate, or None for a single draw without that plate.
+        handler: What the guide was run in, if anything.
     """
 
     model: Trace
     guide: Trace
     particles: int | None
+    handler: Messenger | None = None
 
 
 def run_pair(
@@ -46,6 +49,7 @@ def run_pair(
     *batch: Tensor,
     particles: int | None = None,
     dim: int | None = None,
+    handler: Messenger | None = None,
 ) -> Pair:
     """Draw from the guide, replay the model on the draws, and check that the two agree.
 
@@ -55,22 +59,18 @@ def run_pair(
         batch: Their arguments.
         particles: If given, that many draws at once, in a plate to the left of all others.
         dim: Dimension of that plate.
+        handler: Run the guide in it, outside of that plate.
 
     Raises:
         ValueError: As `check_sites`.
     """
     # A plate object for each program: both allocate the same dimension.
-    plate = (
-        (lambda: pyro.plate(PARTICLES, particles, dim=dim))
-        if particles is not None
-        else nullcontext
-    )
-    with plate(), recorded(guide) as guided:
+    with handler or nullcontext(), _particle_plate(particles, dim), recorded(guide) as guided:
         guide(*batch)
-    with plate(), recorded(model) as told:
+    with _particle_plate(particles, dim), recorded(model) as told:
         poutine.replay(model, trace=guided.trace)(*batch)
     check_sites(model, told.trace, guided.trace)
-    return Pair(told.trace, guided.trace, particles)
+    return Pair(told.trace, guided.trace, particles, handler)
 
 
 def joint_table(
@@ -98,10 +98,10 @@ def log_weights(pair: Pair, plate: str = "data") -> tuple[Tensor | None, Tensor]
             dims = {f.name: f.dim for f in node["cond_indep_stack"] if f.dim is not None}
             value = node["log_prob"]
             if plate in dims:
-                term = _keep(value, dims.get(PARTICLES), dims[plate])
+                term = keep(value, dims.get(PARTICLES), dims[plate])
                 rows = sign * term if rows is None else rows + sign * term
             else:
-                whole = whole + sign * _keep(value, dims.get(PARTICLES))
+                whole = whole + sign * keep(value, dims.get(PARTICLES))
     like = rows if rows is not None else whole
     particles = pair.particles or 1
     zero = like.new_zeros(particles) if isinstance(like, Tensor) else torch.zeros(particles)
@@ -150,12 +150,40 @@ def _replay_one(
         while value.ndim > inner and value.shape[0] == 1:
             value = value[0]
         values[name] = value
-    trace = Trace()
+    return replayed_pair(model, guide, *batch, values=values)
+
+
+def replayed_pair(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    *batch: Tensor,
+    values: Mapping[str, Tensor],
+    particles: int | None = None,
+    dim: int | None = None,
+) -> Pair:
+    """Score values of the latents by a guide and by its model; see `run_pair`."""
+    drawn = Trace()
     for name, value in values.items():
-        trace.add_node(name, name=name, type="sample", value=value, is_observed=False, infer={})
-    guide_trace = poutine.trace(poutine.replay(guide, trace=trace)).get_trace(*batch)
-    model_trace = poutine.trace(poutine.replay(model, trace=trace)).get_trace(*batch)
-    return Pair(model_trace, guide_trace, None)
+        drawn.add_node(name, name=name, type="sample", value=value, is_observed=False, infer={})
+    with _particle_plate(particles, dim), recorded(guide) as guided:
+        poutine.replay(guide, trace=drawn)(*batch)
+    with _particle_plate(particles, dim), recorded(model) as told:
+        poutine.replay(model, trace=drawn)(*batch)
+    return Pair(told.trace, guided.trace, particles)
+
+
+def draw_latents(
+    guide: Callable[..., Any], *batch: Tensor, particles: int | None = None, dim: int | None = None
+) -> dict[str, Tensor]:
+    """Draw from a guide alone, as `run_pair` does."""
+    with _particle_plate(particles, dim), recorded(guide) as guided:
+        guide(*batch)
+    nodes = stochastic_nodes(guided.trace)
+    return {name: node["value"] for name, node in nodes if not node["is_observed"]}
+
+
+def _particle_plate(particles: int | None, dim: int | None) -> Any:
+    return nullcontext() if particles is None else pyro.plate(PARTICLES, particles, dim=dim)
 
 
 def _site_sums(pair: Pair) -> dict[str, Tensor]:
@@ -164,11 +192,11 @@ def _site_sums(pair: Pair) -> dict[str, Tensor]:
         trace.compute_log_prob()
         for name, node in stochastic_nodes(trace):
             dims = {f.name: f.dim for f in node["cond_indep_stack"] if f.dim is not None}
-            sums[f"{half} {name}"] = _keep(node["log_prob"], dims.get(PARTICLES))
+            sums[f"{half} {name}"] = keep(node["log_prob"], dims.get(PARTICLES))
     return sums
 
 
-def _keep(value: Tensor, *dims: int | None) -> Tensor:
+def keep(value: Tensor, *dims: int | None) -> Tensor:
     """Sum all dimensions but `dims`, given from left to right; one that is None becomes 1."""
     present = [dim for dim in dims if dim is not None]
     drop = [dim for dim in range(-value.ndim, 0) if dim not in present]

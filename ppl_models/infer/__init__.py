@@ -2,7 +2,17 @@
 
 from ppl_models.infer.mcmc.posterior import Posterior
 from ppl_models.infer.mcmc.run import NUTS, sample
-from ppl_models.infer.objectives import ELBO
+from ppl_models.infer.objectives import ELBO, IWAE, VIMCO, ReweightedWakeSleep
 from ppl_models.infer.svi import Fit, fit
 
-__all__ = ["ELBO", "NUTS", "Fit", "Posterior", "fit", "sample"]
+__all__ = [
+    "ELBO",
+    "IWAE",
+    "NUTS",
+    "VIMCO",
+    "Fit",
+    "Posterior",
+    "ReweightedWakeSleep",
+    "fit",
+    "sample",
+]

@@ -494,7 +494,7 @@ class Steps:
         before = store.get_state()
         held = self._held()
         saved = {name: value.detach().clone() for name, value in held.items()}
-        gradients = [(value, value.grad) for value in held.values() if value.is_leaf]
+        gradients = [(value, value.grad) for value in held.values() if _is_leaf(value)]
         for value, _ in gradients:
             value.grad = None
 
@@ -530,6 +530,14 @@ def _other_streams() -> tuple[int, int]:
     """Where the random numbers are that are no torch's."""
     state: Any = np.random.get_state()  # noqa: NPY002 - the one that programs use without asking
     return hash(random.getstate()), hash((state[1].tobytes(), *state[2:]))
+
+
+def _is_leaf(value: Tensor) -> bool:
+    """Whether a gradient may lie beside a tensor."""
+    try:
+        return value.is_leaf
+    except RuntimeError:  # a view, made without gradients, of a parameter that has moved since
+        return False
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

@@ -37,7 +37,7 @@ from ppl_models.core.sites import SiteTable, describe_program, recorded
 from ppl_models.core.store import own_parameters, unchanged_on_error
 from ppl_models.core.traces import check_sites
 from ppl_models.core.types import Batch, Objective
-from ppl_models.infer.objectives import ELBO
+from ppl_models.infer.objectives import ELBO, Bound
 from ppl_models.infer.progress import progress_bar
 from ppl_models.infer.step import Compile, Diverged, Evaluation, Steps
 
@@ -200,8 +200,9 @@ def fit(
             leaves, own = _leaves(
                 model, guide, part, fixed_model=fixed_model, enumerates=enumerates
             )
-            if isinstance(objective, ELBO):
-                objective = objective.prepare(model, guide, *part)
+            if isinstance(objective, Bound):
+                objective = objective.prepare(model, guide, *part, plate=plate)
+                leaves += objective.parameters()
         optimise = _optimiser(optimizer or partial(torch.optim.Adam, fused=True), leaves, lr)
         scheduler = schedule(optimise) if schedule is not None else None
         evaluate = Evaluation(model, guide, objective, leaves, plate, size)
@@ -375,7 +376,7 @@ def _check_choices(
 def _name(objective: Any) -> str:
     if isinstance(objective, PyroELBO):
         return f"pyro.infer.{type(objective).__name__}"
-    return repr(objective) if isinstance(objective, ELBO) else describe_program(objective)
+    return repr(objective) if isinstance(objective, Bound) else describe_program(objective)
 
 
 def _optimiser(make: Callable[..., Optimizer], leaves: list[Tensor], lr: float) -> Optimizer:

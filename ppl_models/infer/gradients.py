@@ -1,0 +1,474 @@
+"""Gradient estimators: what stands in where the gradient of a bound must be estimated.
+
+The gradient of an expectation under a guide is taken in one of two ways. Along the *path* of a draw,
+where the draw is a differentiable function of the parameters and of noise; or by *score*, the
+gradient of log q times what the draw cost, where it is not, as for discrete latents. Both come in
+several forms, of the same mean and of different variance: an objective takes one of each, such as
+`ELBO(score=DisARM())` or `IWAE(64, path=DReG())`.
+"""
+
+from __future__ import annotations
+
+import abc
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import pyro.distributions as dist
+import torch
+from pyro.distributions.util import scale_and_mask
+from pyro.infer.util import MultiFrameTensor
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor, nn
+
+from ppl_models.core.traces import PARTICLES, Pair
+from ppl_models.infer.dependencies import Dependencies
+from ppl_models.parts.nn import mlp
+
+
+@dataclass(frozen=True)
+class Term:
+    """One term of a bound, over the particles of a run.
+
+    Attributes:
+        name: Of its site, "model.x" or "guide.z".
+        stack: Plates that it is in.
+        value: What it adds to the bound, detached, nats.
+    """
+
+    name: str
+    stack: Sequence[Any]
+    value: Tensor
+
+
+@dataclass(frozen=True)
+class Run:
+    """One joint run of a guide and a model, as an estimator sees it.
+
+    Attributes:
+        pair: The traces.
+        terms: Of the bound whose gradient is asked for.
+        depends: Which of them depend on which latent; None if that is not known.
+        particles: How many draws a mean is taken over.
+        batch: The arguments of the programs.
+    """
+
+    pair: Pair
+    terms: Sequence[Term]
+    depends: Dependencies | None
+    particles: int
+    batch: Sequence[Tensor]
+
+    def node(self, name: str) -> Any:
+        """Return what the guide says of a site."""
+        return self.pair.guide.nodes[name]
+
+    def cost(self, name: str, *, narrow: bool = True) -> Tensor:
+        """Return what hangs on the draw at a latent, in the plates of its site."""
+        known = self.depends.get(name) if narrow and self.depends is not None else None
+        terms = [term for term in self.terms if known is None or term.name in known]
+        node = self.node(name)
+        costs = MultiFrameTensor(*((term.stack, term.value) for term in terms))
+        cost: Any = costs.sum_to(node["cond_indep_stack"])
+        return cost.expand(node["fn"].batch_shape)
+
+    def axis(self, name: str) -> int:
+        """Dimension of the particles in the batch shape of a site, from the left."""
+        node = self.node(name)
+        dims = (frame.dim for frame in node["cond_indep_stack"] if frame.name == PARTICLES)
+        return len(node["fn"].batch_shape) + next(dims)
+
+
+class Score(abc.ABC):
+    """An estimator for sites whose draws carry no gradient.
+
+    Attributes:
+        least: Particles that it needs.
+        vectorized: Whether they must run at once.
+    """
+
+    least: ClassVar[int] = 1
+    vectorized: ClassVar[bool] = False
+    everywhere: bool = False  # whether draws that could carry a gradient are treated alike
+
+    def refuses(self, name: str, fn: Any) -> str | None:
+        """Say why it does not fit a site; None if it does."""
+        return None
+
+    def prepared(self, nodes: Mapping[str, Any], batch: Sequence[Tensor]) -> Score:
+        """Return one that is ready for the sites that need it."""
+        return self
+
+    def runs(self, nodes: Mapping[str, Any]) -> int:
+        """Return how many runs of the programs one draw takes."""
+        return 1
+
+    def handler(self, runs: int) -> Messenger | None:
+        """Return what the guide is run in."""
+        return None
+
+    @abc.abstractmethod
+    def surrogate(self, run: Run, name: str) -> Tensor:
+        """Return a scalar whose gradient estimates that of the bound through the draw at a site."""
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Return what is trained along with the guide."""
+        return []
+
+
+@dataclass(frozen=True)
+class Reinforce(Score):
+    r"""The score function, :math:`(f(z) - b) \nabla \log q(z)`, of the terms that hang on a draw.
+
+    Arguments:
+        rao_blackwell: Leave out the terms that cannot depend on the draw: those of other rows, and
+            those of sites that are not downstream of it. Their mean is zero, their variance not.
+        everywhere: Treat sites alike whose draws could carry a gradient, for comparison.
+
+    Source:
+        Williams (1992), https://doi.org/10.1007/BF00992696; Ranganath, Gerrish & Blei (2014),
+        https://arxiv.org/abs/1401.0118
+    """
+
+    rao_blackwell: bool = True
+    everywhere: bool = False
+
+    def handler(self, runs: int) -> Messenger | None:
+        """Return what keeps draws from carrying a gradient, if they are not to."""
+        return Detached() if self.everywhere else None
+
+    def surrogate(self, run: Run, name: str) -> Tensor:
+        """Return the score times what the draw cost, less a baseline."""
+        node = run.node(name)
+        score = node["score_parts"].score_function
+        if self.everywhere:
+            score = scale_and_mask(node["unscaled_log_prob"], 1.0, node["mask"])
+        cost = run.cost(name, narrow=self.rao_blackwell)
+        signal, loss = self.centred(run, name, cost)
+        return ((signal.detach() * score).sum() - loss) / run.particles
+
+    def centred(self, run: Run, name: str, cost: Tensor) -> tuple[Tensor, Tensor | float]:
+        """Return the cost less a baseline that does not depend on the draw, and the loss of that."""
+        return cost, 0.0
+
+
+@dataclass(frozen=True)
+class LeaveOneOut(Reinforce):
+    """The score function; the baseline of a particle is the mean of the others.
+
+    Source:
+        Kool, van Hoof & Welling (2019). https://openreview.net/forum?id=r1lgTGL5DE
+    """
+
+    least: ClassVar[int] = 2
+    vectorized: ClassVar[bool] = True
+
+    def centred(self, run: Run, name: str, cost: Tensor) -> tuple[Tensor, Tensor | float]:
+        """Subtract the mean of the other particles."""
+        others = (cost.sum(run.axis(name), keepdim=True) - cost) / (run.particles - 1)
+        return cost - others, 0.0
+
+
+@dataclass(frozen=True)
+class RunningAverage(Reinforce):
+    """The score function; the baseline of a site is the mean of its costs in earlier steps.
+
+    Arguments:
+        decay: Of the running mean, at each step.
+    """
+
+    decay: float = 0.9
+    averages: Mapping[str, Tensor] | None = None  # of each site: sum of weights, mean
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.decay < 1.0:
+            raise ValueError(f"RunningAverage: decay must be within (0, 1), got {self.decay}.")
+
+    def __repr__(self) -> str:
+        return f"RunningAverage(decay={self.decay})"
+
+    def prepared(self, nodes: Mapping[str, Any], batch: Sequence[Tensor]) -> RunningAverage:
+        """Return one with an average for each site."""
+        like = {name: node["log_prob"] for name, node in nodes.items()}
+        averages = {name: value.new_zeros(2) for name, value in like.items()}
+        return copy.copy(_replaced(self, averages=averages))
+
+    def centred(self, run: Run, name: str, cost: Tensor) -> tuple[Tensor, Tensor | float]:
+        """Subtract the average of earlier steps, and add this one to it."""
+        assert self.averages is not None
+        average = self.averages[name]
+        before = average.clone()
+        now = torch.stack([torch.ones_like(before[0]), cost.detach().mean()])
+        with torch.no_grad():
+            average.mul_(self.decay).add_((1.0 - self.decay) * now)
+        mean = before[1] / before[0].clamp(min=1e-6)
+        return cost - torch.where(before[0] > 0.0, mean, torch.zeros_like(mean)), 0.0
+
+
+@dataclass(frozen=True)
+class NVIL(Reinforce):
+    r"""The score function; a network predicts the cost from the batch, and its scale is divided out.
+
+    The network is trained along, by least squares. Costs are centred by a running mean and divided
+    by a running standard deviation, if that is above 1: the step is another one then, not the
+    direction.
+
+    Arguments:
+        hidden: Units of each tanh layer of the network.
+        decay: Of the running mean and variance.
+        normalise: Divide by the running standard deviation.
+
+    Source:
+        Mnih & Gregor (2014). https://arxiv.org/abs/1402.0030
+    """
+
+    hidden: tuple[int, ...] = (100,)
+    decay: float = 0.8
+    normalise: bool = True
+    networks: nn.ModuleDict | None = None
+    moments: Mapping[str, Tensor] | None = None  # of each site: sum of weights, mean, variance
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.decay < 1.0:
+            raise ValueError(f"NVIL: decay must be within (0, 1), got {self.decay}.")
+
+    def __repr__(self) -> str:
+        return f"NVIL(hidden={self.hidden}, decay={self.decay}, normalise={self.normalise})"
+
+    def prepared(self, nodes: Mapping[str, Any], batch: Sequence[Tensor]) -> NVIL:
+        """Return one with a network for each site."""
+        inputs = sum(v.reshape(len(v), -1).shape[1] for v in batch if v.is_floating_point())
+        if not inputs:
+            raise ValueError(
+                "NVIL: its network reads the floating arguments of the batch, and there is none. "
+                "Use LeaveOneOut(), or RunningAverage()."
+            )
+        networks = nn.ModuleDict({_key(name): mlp(inputs, self.hidden, 1) for name in nodes})
+        like = next(iter(nodes.values()))["log_prob"]
+        networks.to(device=like.device, dtype=like.dtype)
+        moments = {name: like.new_zeros(3) for name in nodes}
+        return _replaced(self, networks=networks, moments=moments)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Return the parameters of the networks."""
+        return [] if self.networks is None else list(self.networks.parameters())
+
+    def centred(self, run: Run, name: str, cost: Tensor) -> tuple[Tensor, Tensor | float]:
+        """Subtract what the network predicts and the running mean; divide by the running scale."""
+        assert self.networks is not None
+        assert self.moments is not None
+        weight, mean, variance = self.moments[name].clone().unbind()
+        mean = mean / weight.clamp(min=1e-6)
+        scale = torch.sqrt(variance / weight.clamp(min=1e-6)).clamp(min=1.0)
+        rows = [v.reshape(len(v), -1) for v in run.batch if v.is_floating_point()]
+        predicted = self.networks[_key(name)](torch.cat(rows, -1)).squeeze(-1)
+        predicted = predicted if predicted.shape == cost.shape[-1:] else predicted.mean()
+        signal = cost - mean - predicted
+        with torch.no_grad():
+            now = torch.stack([torch.ones_like(mean), cost.mean(), (cost - mean).square().mean()])
+            self.moments[name].mul_(self.decay).add_((1.0 - self.decay) * now)
+        loss = signal.square().sum()
+        return (signal / scale if self.normalise else signal), loss
+
+
+class Detached(Messenger):
+    """Take the gradient off all draws."""
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if not msg["is_observed"] and not site_is_subsample(msg):
+            msg["value"] = msg["value"].detach()
+
+
+class _Coupled(Messenger):
+    """Draw Bernoulli sites so that each has, among the runs of a draw, one antithetic to the first.
+
+    Run 0 is the draw. Run l + 1 shares the sites before site l, has 1 - u in place of the uniform u
+    at site l, and goes on by itself after it.
+    """
+
+    def __init__(self, runs: int) -> None:
+        super().__init__()
+        self.runs = runs
+        self.uniforms: dict[str, Tensor] = {}
+        self.before = 0  # Bernoulli sites drawn
+
+    def __enter__(self) -> Any:
+        self.uniforms, self.before = {}, 0
+        return super().__enter__()
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["is_observed"] or msg["done"] or site_is_subsample(msg):
+            return
+        frame = next((f for f in msg["cond_indep_stack"] if f.name == PARTICLES), None)
+        assert frame is not None
+        fn = msg["fn"]
+        axis = len(fn.batch_shape) + frame.dim
+        logits = bernoulli_logits(fn)
+        if logits is None:
+            value = fn.rsample() if fn.has_rsample else fn.sample()
+            parts = self._split(value, axis)
+            shared = [parts[0] if run > self.before else part for run, part in enumerate(parts)]
+            msg["value"] = torch.stack(shared, axis + 1).flatten(axis, axis + 1)
+            msg["done"] = True
+            return
+        parts = list(self._split(torch.rand_like(logits), axis))
+        for run in range(1, self.runs):
+            if run == self.before + 1:
+                parts[run] = 1.0 - parts[0]
+            elif run > self.before + 1:
+                parts[run] = parts[0]
+        u = torch.stack(parts, axis + 1).flatten(axis, axis + 1)
+        msg["value"] = (u < torch.sigmoid(logits)).to(logits.dtype)
+        msg["done"] = True
+        self.uniforms[msg["name"]] = parts[0]
+        self.before += 1
+
+    def _split(self, value: Tensor, axis: int) -> tuple[Tensor, ...]:
+        draws = value.shape[axis] // self.runs
+        return value.unflatten(axis, (draws, self.runs)).unbind(axis + 1)
+
+
+class _Antithetic(Score):
+    """What ARM and DisARM share: an antithetic partner for each draw, at each site."""
+
+    vectorized: ClassVar[bool] = True
+
+    def refuses(self, name: str, fn: Any) -> str | None:
+        """Say why it does not fit a site: it takes Bernoulli latents only."""
+        if bernoulli_logits(fn) is not None:
+            return None
+        return f"its distribution is {_kind(fn)}, and {type(self).__name__} is for Bernoulli sites"
+
+    def runs(self, nodes: Mapping[str, Any]) -> int:
+        """Return 1 more than there are sites: each has an antithetic run of its own."""
+        return 1 + len(nodes)
+
+    def handler(self, runs: int) -> Messenger:
+        """Return what couples the runs."""
+        return _Coupled(runs)
+
+    def surrogate(self, run: Run, name: str) -> Tensor:
+        """Return the logits of a site, each times the estimate of its gradient."""
+        node, coupled = run.node(name), run.pair.handler
+        assert isinstance(coupled, _Coupled)
+        logits = bernoulli_logits(node["fn"])
+        assert logits is not None
+        place = list(coupled.uniforms).index(name) + 1
+        axis, shape, events = run.axis(name), node["fn"].batch_shape, node["fn"].event_dim
+        cost = run.cost(name).reshape(*shape, *(1,) * events)
+
+        def pair(value: Tensor) -> tuple[Tensor, Tensor]:
+            parts = coupled._split(value, axis)
+            return parts[0], parts[place]
+
+        slope = self.slope(
+            pair(cost), pair(node["value"]), pair(logits)[0].detach(), coupled.uniforms[name]
+        )
+        if node["mask"] is not None and node["mask"] is not True:
+            mask = torch.as_tensor(node["mask"], device=slope.device).expand(shape)
+            slope = slope * pair(mask.reshape(*shape, *(1,) * events).to(slope.dtype))[0]
+        return (slope.detach() * pair(logits)[0]).sum() / (run.particles / coupled.runs)
+
+    @abc.abstractmethod
+    def slope(
+        self, cost: tuple[Tensor, Tensor], z: tuple[Tensor, Tensor], logits: Tensor, u: Tensor
+    ) -> Tensor:
+        """Return the estimate of the gradient by each logit, from a draw and its partner."""
+
+
+@dataclass(frozen=True)
+class ARM(_Antithetic):
+    r"""Augment, reinforce, merge: :math:`(f(\tilde z) - f(z)) (u - 1/2)`, for Bernoulli latents.
+
+    Source:
+        Yin & Zhou (2019). https://arxiv.org/abs/1807.11143
+    """
+
+    def slope(
+        self, cost: tuple[Tensor, Tensor], z: tuple[Tensor, Tensor], logits: Tensor, u: Tensor
+    ) -> Tensor:
+        """Return the estimate of the gradient by each logit."""
+        return (cost[1] - cost[0]) * (u - 0.5)
+
+
+@dataclass(frozen=True)
+class DisARM(_Antithetic):
+    r"""ARM with its uniform integrated out, for Bernoulli latents.
+
+    .. math::
+
+        \tfrac12 (f(z) - f(\tilde z)) (z - \tilde z) \, \sigma(|\phi|)
+
+    Source:
+        Dong, Mnih & Tucker (2020), https://arxiv.org/abs/2006.10680; also Yin, Ho, Yan, Qian & Zhou
+        (2020), as U2G, https://openreview.net/forum?id=H1lKNp4Fvr
+    """
+
+    def slope(
+        self, cost: tuple[Tensor, Tensor], z: tuple[Tensor, Tensor], logits: Tensor, u: Tensor
+    ) -> Tensor:
+        """Return the estimate of the gradient by each logit."""
+        return 0.5 * (cost[0] - cost[1]) * (z[0] - z[1]) * torch.sigmoid(logits.abs())
+
+
+@dataclass(frozen=True)
+class Path:
+    """An estimator for sites whose draws carry a gradient."""
+
+
+@dataclass(frozen=True)
+class StickingTheLanding(Path):
+    r"""The path derivative alone: log q is differentiated by its draw, not by its parameters.
+
+    What is left out has mean zero. Where q is the posterior, no variance is left.
+
+    Source:
+        Roeder, Wu & Duvenaud (2017). https://arxiv.org/abs/1703.09194
+    """
+
+
+@dataclass(frozen=True)
+class DReG(Path):
+    """The doubly reparametrised gradient of an importance-weighted bound.
+
+    The guide's gradient is that along the path, with squared weights; its signal-to-noise ratio
+    rises with the number of particles, where the plain one's falls.
+
+    Source:
+        Tucker, Lawson, Gu & Maddison (2019). https://arxiv.org/abs/1810.04152
+    """
+
+
+def bernoulli_logits(fn: Any) -> Tensor | None:
+    """Return the logits of a site of independent Bernoulli elements, expanded; None for others."""
+    while isinstance(fn, torch.distributions.Independent | dist.MaskedDistribution):
+        fn = fn.base_dist
+    if isinstance(fn, dist.ExpandedDistribution):
+        inner = bernoulli_logits(fn.base_dist)
+        return None if inner is None else inner.expand(fn.batch_shape)
+    return fn.logits if isinstance(fn, torch.distributions.Bernoulli) else None
+
+
+def _kind(fn: Any) -> str:
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    return type(fn).__name__
+
+
+def _key(site: str) -> str:
+    return "site_" + site.replace(".", "/")
+
+
+def _replaced(made: Any, **fields: Any) -> Any:
+    other = copy.copy(made)
+    for name, value in fields.items():
+        object.__setattr__(other, name, value)
+    return other
+
+
+#: All estimators by score, in the order of their age.
+SCORES: tuple[Callable[[], Score], ...] = (
+    Reinforce, RunningAverage, NVIL, LeaveOneOut, ARM, DisARM,
+)  # fmt: skip
