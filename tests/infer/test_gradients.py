@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pyro
 import pyro.distributions as dist
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from guides import Amortized, Exact, families
 from ppl_models import PPCA, VAE, SigmoidBeliefNetwork, minibatch
 from ppl_models.infer import ELBO, IWAE, VIMCO, ReweightedWakeSleep, fit
+from ppl_models.infer.dependencies import dependencies
 from ppl_models.infer.gradients import (
     ARM,
     NVIL,
@@ -243,6 +244,29 @@ def test_baselines_lower_the_variance_in_the_known_order() -> None:
     assert found[0] > 3 * found[2]
 
 
+def test_terms_that_hang_on_a_draw() -> None:
+    model, guide, x = belief_network()
+    found = dependencies(model, guide, x)
+    assert found == {
+        "h1": {"guide.h1", "guide.h2", "model.h2", "model.h1", "model.x"},
+        "h2": {"guide.h2", "model.h2", "model.h1"},
+    }
+
+
+def test_a_branch_of_python_is_a_dependency_too() -> None:
+    def model(x: Tensor) -> None:
+        b = pyro.sample("b", dist.Bernoulli(0.5))
+        loc = 1.0 if b.item() > 0 else -1.0
+        pyro.sample("x", dist.Normal(loc, 1.0).expand([len(x)]).to_event(1), obs=x)
+
+    def guide(x: Tensor) -> None:
+        pyro.sample("b", dist.Bernoulli(0.5))
+
+    torch.manual_seed(0)
+    found = dependencies(model, guide, torch.zeros(3).add(0.5))
+    assert found == {"b": {"guide.b", "model.b", "model.x"}}
+
+
 # Paths.
 
 
@@ -464,10 +488,10 @@ def test_an_estimator_of_bernoulli_sites_is_refused_for_a_poisson_one() -> None:
         (lambda: ELBO(path=DReG()), "for IWAE"),
         (lambda: IWAE(3, path=StickingTheLanding()), "for ELBO"),
         (lambda: IWAE(3, score=DisARM()), "VIMCO"),
-        (lambda: ELBO(score=DisARM), "estimators of"),
+        (lambda: ELBO(score=cast(Any, DisARM)), "estimators of"),
         (lambda: ELBO(kl_weight=-1.0), "kl_weight"),
         (lambda: ReweightedWakeSleep(1), "at least 2 particles"),
-        (lambda: ReweightedWakeSleep(guide="dream"), "'dream'"),
+        (lambda: ReweightedWakeSleep(guide=cast(Any, "dream")), "'dream'"),
         (lambda: RunningAverage(decay=1.0), "decay"),
     ],
 )
