@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 from ppl_models.evaluate.bounds import elbo, iwae_bound, log_evidence
 from ppl_models.evaluate.comparison import compare, score
 from ppl_models.evaluate.estimate import Estimate
+from ppl_models.evaluate.gradients import GradientVariance, gradient_variance
 from ppl_models.evaluate.latent import active_units, encode, generate, reconstruct
 from ppl_models.evaluate.scorecard import Scorecard
 
@@ -18,12 +19,14 @@ if TYPE_CHECKING:  # what draws is imported when it is asked for: see __getattr_
 
 __all__ = [
     "Estimate",
+    "GradientVariance",
     "Scorecard",
     "active_units",
     "compare",
     "elbo",
     "encode",
     "generate",
+    "gradient_variance",
     "iwae_bound",
     "log_evidence",
     "plot_interpolation",

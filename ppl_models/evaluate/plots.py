@@ -21,6 +21,7 @@ from ppl_models.core.picture import (
     figure_of,
     picture,
 )
+from ppl_models.evaluate.gradients import GradientVariance
 from ppl_models.evaluate.scorecard import Entry, Scorecard
 
 ERRORS = 2  # standard errors to each side that a bar shows
@@ -135,3 +136,27 @@ def _draw_absent(ax: Axes, points: Sequence[tuple[float, float] | None]) -> None
         if not _drawable(point):
             where = {"transform": ax.get_yaxis_transform(), "ha": "right", "va": "center"}
             ax.text(0.97, row, "not known", color=GREY, fontsize="small", style="italic", **where)
+
+
+def plot_gradient_variance(found: GradientVariance, *, figure: Canvas | None = None) -> Figure:
+    """Draw the variance of each parameter by objective: see `GradientVariance.plot`."""
+    names = list(found.variance)
+    keys = list(next(iter(found.variance.values())))
+    with drawing():
+        canvas = picture(9.5, 1.6 + 0.36 * len(keys)) if figure is None else figure
+        ax = canvas.subplots()
+        for row in range(0, len(keys), 2):
+            ax.axhspan(row - 0.5, row + 0.5, color="#f4f4f4", lw=0, zorder=0)
+        for place, name in enumerate(names):
+            totals = [found.variance[name][key].sum().item() for key in keys]
+            shift = 0.5 * ((place + 0.5) / len(names) - 0.5)
+            rows = [(row + shift, total) for row, total in enumerate(totals) if total > 0.0]
+            ax.plot([t for _, t in rows], [r for r, _ in rows], "o", ms=5, label=name)
+        ax.set_xscale("log")
+        ax.set_yticks(range(len(keys)), keys)
+        ax.set_ylim(len(keys) - 0.5, -0.5)
+        ax.grid(visible=False, axis="y")
+        ax.tick_params(axis="y", length=0)
+        ax.set_xlabel("variance of one estimate, summed over elements, (nats per row)²")
+        ax.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+        return figure_of(ax)

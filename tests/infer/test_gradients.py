@@ -256,8 +256,8 @@ def test_terms_that_hang_on_a_draw() -> None:
 def test_a_branch_of_python_is_a_dependency_too() -> None:
     def model(x: Tensor) -> None:
         b = pyro.sample("b", dist.Bernoulli(0.5))
-        loc = 1.0 if b.item() > 0 else -1.0
-        pyro.sample("x", dist.Normal(loc, 1.0).expand([len(x)]).to_event(1), obs=x)
+        loc = torch.tensor(1.0 if b.item() > 0 else -1.0)
+        pyro.sample("x", dist.Normal(loc.expand_as(x), 1.0).to_event(1), obs=x)
 
     def guide(x: Tensor) -> None:
         pyro.sample("b", dist.Bernoulli(0.5))

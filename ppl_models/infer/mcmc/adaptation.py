@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 POOLED = 16  # chains of a target, from which on they are one group
 ROUNDS = 5  # of the last window, after which a shared step is moved
+LOST = 0.003  # share of transitions that diverge, above which a shared step is made shorter
+SHORTER = 0.15  # by at least as much, of the log step, in each of the last rounds
+FAR = 20.0  # nats of mass that a chain may lack, before it starts again
 OUTLIER = 5.0  # robust standard deviations, beyond which a draw of a group is moved in
 
 
@@ -110,6 +113,9 @@ def warm_up(
                     return False
                 error = pooled(draws.accept.mean(1), groups) - engine.tuning.target
                 change = (2.0 / (1 + turn) * error).clamp(-1.0, 1.0)
+                # What diverges is where steps are too long, however many are accepted elsewhere.
+                lost = pooled(draws.divergent.to(error.dtype).mean(1), groups)
+                change = torch.where(lost > LOST, change.clamp(max=-SHORTER), change)
                 engine.tuning.step.mul_(torch.exp(change))
                 after(made, draws)
             continue
@@ -118,13 +124,49 @@ def warm_up(
             return False
         if known:
             after(made, draws)
+        source = None
+        if shares and number < len(parts) - 1:
+            source = companions(draws, int(groups.max()) + 1)
+            engine.start_again(source)
         if window.learns:
             known = True
-            engine.learn(grouped(draws.u, groups), groups)
+            seen = draws.u if source is None else draws.u[source]
+            engine.learn(grouped(seen, groups), groups)
             engine.find_step()
         if shares:
             engine.tuning.step.copy_(torch.exp(pooled(torch.log(engine.tuning.step), groups)))
     return True
+
+
+def companions(draws: Draws, groups: int) -> Tensor:
+    """Return, for each chain, the chain from whose place it is to go on: its own, but for a few.
+
+    A chain may come to rest where next to none of the mass is, as at a spurious mode, and would
+    stay. What it is in reach of has a mass of about the density times the volume that it covers.
+    Where that is less than e^-20 of what the others of its group have, and far beyond their spread,
+    the chain goes on from where another one is.
+
+    Arguments:
+        draws: What chains did lately.
+        groups: How many there are; chain c is of group c modulo that.
+
+    Returns:
+        Shape (C,), int64.
+    """
+    late = len(draws) // 2
+    u, energy = draws.u[:, late:], draws.energy[:, late:]
+    mass = torch.log(u.std(1).clamp(min=1e-300)).sum(1) - energy.mean(1)
+    mass = mass.nan_to_num(nan=-torch.inf).unflatten(0, (-1, groups))  # (members, groups)
+    centre = mass.median(0).values
+    spread = (mass - centre).abs().median(0).values.nan_to_num(nan=0.0, posinf=0.0)
+    astray = mass < centre - torch.clamp(10.0 * spread, min=FAR)
+    astray &= astray.double().mean(0) <= 0.25  # many are on their way, not astray
+    members = torch.arange(len(mass), device=mass.device).unsqueeze(1).expand_as(mass)
+    # Those that are well, in order, and then the others: the k-th of these follows the k-th of those.
+    order = torch.argsort(astray.to(torch.int64), dim=0, stable=True)
+    rank = (astray.to(torch.int64).cumsum(0) - 1).clamp(min=0)
+    source = torch.where(astray, order.gather(0, rank), members)
+    return (source * groups + torch.arange(groups, device=mass.device)).flatten()
 
 
 def groups_of(chains: int, targets: int, device: torch.device) -> Tensor:

@@ -44,6 +44,7 @@ def advice(posterior: Posterior, table: pd.DataFrame) -> list[str]:
         _interrupted(posterior),
         _mixing(posterior, table),
         _stuck(posterior),
+        _restarted(posterior),
         _divergences(posterior),
         _depth(posterior),
         _energy(posterior),
@@ -63,6 +64,17 @@ def _interrupted(posterior: Posterior) -> str | None:
     return (
         f"Interrupted: these are the draws so far, {posterior.draws} of each chain. What is said "
         "of them holds of them."
+    )
+
+
+def _restarted(posterior: Posterior) -> str | None:
+    if not posterior.restarted:
+        return None
+    times = "once" if posterior.restarted == 1 else f"{posterior.restarted} times"
+    return (
+        f"Restarted: {times} in warm-up a chain went on from where another one was; it had come to "
+        "a place with next to none of the mass, such as a spurious mode. If several modes matter to "
+        "you, look at them with fewer than 16 chains, which are left alone."
     )
 
 

@@ -70,6 +70,7 @@ class Engine:
 
     Attributes:
         rung: Which rung of the ladder ticks run on and, if not the first, why.
+        restarted: How often a chain went on from the place of another one.
     """
 
     def __init__(
@@ -89,6 +90,7 @@ class Engine:
         self._ids = ids
         self._depth = depth
         self._runs = 0
+        self.restarted = 0
         self._speed = 0.0
         self._positions = positions.clone()
         scale = torch.ones_like(positions)
@@ -144,6 +146,17 @@ class Engine:
         """
         found = scales(draws) if self._scale.ndim == 2 else factors(draws)
         self._scale.copy_(found.index_select(-1, groups))
+
+    def start_again(self, source: Tensor) -> None:
+        """Let each chain go on from the place, and with the step size, of one that is named.
+
+        Arguments:
+            source: For each chain another one, or itself, shape (C,).
+        """
+        own = torch.arange(len(source), device=source.device)
+        self.restarted += int((source != own).sum())
+        self._positions = self._positions[:, source]
+        self.tuning.step.copy_(self.tuning.step[source])
 
     def status(self) -> str:
         """Say how it goes, in a few words."""

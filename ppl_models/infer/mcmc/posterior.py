@@ -43,6 +43,8 @@ class Posterior(Mapping[str, Tensor]):
         step_size: Of each chain, shape (chains,) or (chains, N).
         max_depth: Doublings at which a trajectory was cut short.
         target_accept: Acceptance probability that the step size was adapted to.
+        restarted: How often, in warm-up, a chain went on from the place of another one, having come
+            to where next to none of the mass is.
         interrupted: Whether these are the draws that were there when sampling was stopped.
         compiled: Which rung sampling ran on, and why no higher one.
         row_axis: Dimension of the rows in the draws of a site, where it is not the third.
@@ -74,6 +76,7 @@ class Posterior(Mapping[str, Tensor]):
         max_depth: int | None = None,
         target_accept: float | None = None,
         interrupted: bool = False,
+        restarted: int = 0,
         compiled: str = "",
         row_axis: Mapping[str, int] | None = None,
     ) -> None:
@@ -101,6 +104,7 @@ class Posterior(Mapping[str, Tensor]):
         self.max_depth = max_depth
         self.target_accept = target_accept
         self.interrupted = interrupted
+        self.restarted = restarted
         self.compiled = compiled
         self.rows = self._check_statistics()
         self._row_axis = dict(row_axis or {})

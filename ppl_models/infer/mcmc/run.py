@@ -190,6 +190,7 @@ class _Outcome:
     step_size: Tensor  # (chains,) or (chains, rows)
     rung: str
     interrupted: bool
+    restarted: int
     warmup_seconds: float
     sampling_seconds: float
 
@@ -291,6 +292,7 @@ class _Task:
             if density.reason is None
             else f"{engine.rung}; one by one: {density.reason}",
             len(draws) < self.draws,
+            engine.restarted,
             warmup_seconds=warm - ready,
             sampling_seconds=end - warm,
         )
@@ -333,6 +335,7 @@ def _posterior(
         max_depth=task.sampler.max_depth,
         target_accept=task.sampler.target_accept,
         interrupted=first.interrupted,
+        restarted=sum(part.restarted for part in outcomes),
         compiled=first.rung,
         row_axis=axes,
         seconds=seconds,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from hypothesis import given
@@ -11,7 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
+from ppl_models.infer import sample
 from ppl_models.infer.mcmc.adaptation import (
+    companions,
     factors,
     find_step,
     grouped,
@@ -20,6 +24,7 @@ from ppl_models.infer.mcmc.adaptation import (
     scales,
     windows,
 )
+from ppl_models.infer.mcmc.engine import Draws
 from ppl_models.infer.mcmc.hashing import streams
 
 
@@ -103,3 +108,49 @@ def test_a_first_step_where_there_is_no_number_is_small() -> None:
 
     found = find_step(gain, streams(0, torch.arange(1)), torch.ones(1), 2, 0.8)
     assert found.item() < 0.2
+
+
+def test_a_chain_far_from_the_mass_goes_on_from_another() -> None:
+    """Of 40 chains in two groups two are at a mode with e^-100 of the mass, one stands still."""
+    torch.manual_seed(0)
+    u = torch.randn(40, 30, 3, dtype=torch.float64)
+    energy = 0.5 * u.square().sum(-1) + 1.5
+    u[4] += 50.0
+    energy[4] += 100.0
+    u[7] += 50.0
+    energy[7] += 100.0
+    u[9] = u[9, :1]
+    zeros = torch.zeros(40, 30)
+    draws = Draws(u, energy, zeros, zeros, zeros, zeros)
+    source = companions(draws, 2)
+    assert (source != torch.arange(40)).nonzero().flatten().tolist() == [4, 7, 9]
+    assert source[[4, 7, 9]].tolist() == [0, 1, 3]  # of the same group, and each of its own
+
+
+def test_chains_of_modes_that_share_the_mass_stay() -> None:
+    """A narrow mode has a higher density, a wide one more room: the mass may be the same."""
+    torch.manual_seed(0)
+    scale = torch.ones(40, 1, 1, dtype=torch.float64)
+    scale[:8] = 0.01
+    u = scale * torch.randn(40, 30, 10, dtype=torch.float64)
+    energy = 0.5 * (u / scale).square().sum(-1) + 10 * scale.log().squeeze(-1) + 5.0
+    zeros = torch.zeros(40, 30)
+    own = torch.arange(40)
+    assert torch.equal(companions(Draws(u, energy, zeros, zeros, zeros, zeros), 1), own)
+    energy[:20] += 200.0  # half of all: on their way
+    assert torch.equal(companions(Draws(u, energy, zeros, zeros, zeros, zeros), 1), own)
+
+
+def test_a_spurious_mode_does_not_keep_chains() -> None:
+    """Two wells, one with e^-60 of the mass, in which a sixth of all starts end."""
+
+    def model() -> None:
+        z = pyro.sample("z", dist.Normal(0.0, 100.0))
+        wells = [-0.5 * (z / 0.1 - 10.0) ** 2, -0.5 * (z / 0.1 + 14.0) ** 2 - 60.0]
+        pyro.factor("wells", torch.logsumexp(torch.stack(wells), 0))
+
+    posterior = sample(model, chains=64, draws=100, warmup=200, seed=0)
+    assert posterior.restarted > 0
+    assert (posterior["z"] > 0).all()
+    assert "Restarted" in str(posterior.summary())
+    assert posterior.scale()["z"].item() == pytest.approx(0.1, rel=0.05)
