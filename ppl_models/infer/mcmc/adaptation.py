@@ -160,7 +160,7 @@ def companions(draws: Draws, groups: int) -> Tensor:
     centre = mass.median(0).values
     spread = (mass - centre).abs().median(0).values.nan_to_num(nan=0.0, posinf=0.0)
     astray = mass < centre - torch.clamp(10.0 * spread, min=FAR)
-    astray &= astray.double().mean(0) <= 0.25  # many are on their way, not astray
+    astray &= astray.double().mean(0) <= 0.4  # half of all are on their way, not astray
     members = torch.arange(len(mass), device=mass.device).unsqueeze(1).expand_as(mass)
     # Those that are well, in order, and then the others: the k-th of these follows the k-th of those.
     order = torch.argsort(astray.to(torch.int64), dim=0, stable=True)

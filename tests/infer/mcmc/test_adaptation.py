@@ -142,7 +142,7 @@ def test_chains_of_modes_that_share_the_mass_stay() -> None:
 
 
 def test_a_spurious_mode_does_not_keep_chains() -> None:
-    """Two wells, one with e^-60 of the mass, in which a sixth of all starts end."""
+    """Two wells, one with e^-60 of the mass, in which a quarter of all starts end."""
 
     def model() -> None:
         z = pyro.sample("z", dist.Normal(0.0, 100.0))
