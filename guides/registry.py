@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import pyro.distributions as dist
@@ -17,12 +17,15 @@ from guides.local import Local
 from ppl_models.core.checks import check_known
 from ppl_models.core.random import seeded
 from ppl_models.core.sites import example_batch
-from ppl_models.core.types import Batch
+from ppl_models.core.types import Batch, Objective
 from ppl_models.data.dataset import Binarize, Dataset
 from ppl_models.factor_analysis import FactorAnalysis
+from ppl_models.infer.gradients import DisARM
+from ppl_models.infer.objectives import ELBO
 from ppl_models.parts.likelihoods import Bernoulli, Categorical, Gaussian
 from ppl_models.parts.priors import Bayesian, bayesian, normal
 from ppl_models.ppca import PPCA
+from ppl_models.sbn import SigmoidBeliefNetwork
 from ppl_models.vae import VAE
 
 Entry = TypeVar("Entry")
@@ -62,6 +65,7 @@ class ModelEntry:
         sizes: The sizes that can be chosen, and what they are otherwise.
         binarize: How grey data are made binary for it unless told otherwise; None if they are not.
         guides: Guides that `compare` takes unless told otherwise; `fit` takes the first.
+        objective: What it is trained by.
     """
 
     name: str
@@ -70,6 +74,7 @@ class ModelEntry:
     sizes: Mapping[str, Any]
     binarize: Binarize | None
     guides: tuple[str, ...]
+    objective: Objective = field(default_factory=ELBO)
 
 
 def _ppca() -> PPCA:
@@ -97,6 +102,10 @@ def _convolutional_vae() -> VAE:
 def _convolutional_guide(model: Any, rows: int) -> Amortized:
     encoder = nn.Sequential(nn.Conv2d(1, 4, kernel_size=2, stride=2), nn.Tanh(), nn.Flatten())
     return Amortized(model, encoder=encoder)
+
+
+def _sbn() -> SigmoidBeliefNetwork:
+    return SigmoidBeliefNetwork(data_dim=6, latent_dims=(3, 2))
 
 
 def _evidence(model: Any, batch: Batch) -> Tensor:
@@ -175,6 +184,20 @@ PAIRS: tuple[Pair, ...] = (
         lambda model, rows: Amortized(model, hidden=(8,)),
     ),
     Pair("vae-convolutional", _convolutional_vae, _convolutional_guide),
+    Pair(
+        "sbn-amortized",
+        _sbn,
+        lambda model, rows: Amortized(model, hidden=(8,), bottom_up=True),
+        evidence=_evidence,
+        sampled=False,
+    ),
+    Pair(
+        "sbn-local",
+        _sbn,
+        lambda model, rows: Local(model, rows=rows),
+        evidence=_evidence,
+        sampled=False,
+    ),
 )
 
 MODELS: Mapping[str, ModelEntry] = {
@@ -214,6 +237,15 @@ MODELS: Mapping[str, ModelEntry] = {
             None,
             ("amortized", "local", "flow"),
         ),
+        ModelEntry(
+            "sbn",
+            "sigmoid belief network: layers of binary latents, binary pixels",
+            lambda data, **sizes: SigmoidBeliefNetwork(data.x.shape[-1], **sizes),
+            {"latent_dims": (32, 16), "hidden": ()},
+            "threshold",
+            ("bottom-up", "amortized", "local"),
+            ELBO(score=DisARM()),
+        ),
     )
 }
 
@@ -221,6 +253,7 @@ MODELS: Mapping[str, ModelEntry] = {
 #: of the encoder, where there is one.
 GUIDES: Mapping[str, Callable[[Any, int, Sequence[int]], Any]] = {
     "amortized": lambda model, rows, hidden: Amortized(model, hidden=hidden),
+    "bottom-up": lambda model, rows, hidden: Amortized(model, hidden=hidden, bottom_up=True),
     "exact": lambda model, rows, hidden: Exact(model),
     "flow": lambda model, rows, hidden: Amortized(
         model, hidden=hidden, family=families.Flow(transforms=2, hidden_features=(32,))
@@ -241,7 +274,10 @@ _PRIORS += ("LogNormal", "Normal", "StudentT")
 
 #: What a saved run may be built of, by name: nothing else is ever made from its JSON.
 BLOCKS: Mapping[str, Callable[..., Any]] = {
-    **{f"models.{made.__name__}": made for made in (PPCA, FactorAnalysis, VAE, Bayesian)},
+    **{
+        f"models.{made.__name__}": made
+        for made in (PPCA, FactorAnalysis, VAE, SigmoidBeliefNetwork, Bayesian)
+    },
     **{f"guides.{made.__name__}": made for made in (Amortized, Exact, Local)},
     **{f"families.{family.name}": type(family) for family in families.ALL},
     **{f"likelihoods.{made.__name__}": made for made in (Bernoulli, Categorical, Gaussian)},

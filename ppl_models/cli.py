@@ -23,6 +23,7 @@ from torch import Tensor
 from guides.fitting import for_model
 from guides.registry import GUIDES, MODELS, ModelEntry, build, lookup
 from ppl_models.core import recipe
+from ppl_models.core.batch import as_batch, check_model
 from ppl_models.core.random import seeded
 from ppl_models.core.table import text_table
 from ppl_models.core.types import Refinable
@@ -151,6 +152,13 @@ LatentDim = Annotated[
     int | None,
     typer.Option(help="Latent features of each row. Such as --latent-dim 2.", min=1),
 ]
+LatentDims = Annotated[
+    str | None,
+    typer.Option(
+        help="Units of each layer of latents, from the data upwards, with commas between; for sbn. "
+        "Such as --latent-dims 32,16."
+    ),
+]
 Hidden = Annotated[
     str | None,
     typer.Option(
@@ -209,7 +217,7 @@ def models(as_json: Json = False) -> None:
       ppl-models models --json
     """
     if as_json:
-        kept = ("name", "summary", "sizes", "binarize", "guides")
+        kept = ("name", "summary", "sizes", "binarize", "guides", "objective")
         _print_json([{key: getattr(entry, key) for key in kept} for entry in MODELS.values()])
         return
     rows = [(e.name, e.summary, ", ".join(e.guides)) for e in MODELS.values()]
@@ -252,6 +260,7 @@ def fit(
         ),
     ] = None,
     latent_dim: LatentDim = None,
+    latent_dims: LatentDims = None,
     hidden: Hidden = None,
     epochs: Epochs = 200,
     batch_size: BatchSize = 64,
@@ -292,7 +301,7 @@ def fit(
     size = _image_size(image_size)
     source = Source(data, target, split, test, size, binarize, standardize)
     rows = source.load(entry.binarize)
-    sizes = _sizes(entry, latent_dim, hidden)
+    sizes = _sizes(entry, latent_dim, latent_dims, hidden)
     if hidden is not None and not sizes.get("hidden") and guide in ("exact", "local"):
         raise ValueError(f"--hidden: neither {model} nor the guide {guide} has hidden layers.")
     out = _checked_folder(Path("runs") / f"{model}-{guide}" if out is None else out)
@@ -304,6 +313,7 @@ def fit(
         program,
         mine,
         rows.x,
+        objective=entry.objective,
         epochs=epochs,
         batch_size=batch_size,
         lr=lr,
@@ -522,6 +532,7 @@ def compare(
         ),
     ] = None,
     latent_dim: LatentDim = None,
+    latent_dims: LatentDims = None,
     hidden: Hidden = None,
     epochs: Epochs = 200,
     batch_size: BatchSize = 64,
@@ -566,10 +577,11 @@ def compare(
     folder = None if out is None else _folder(out)
     typer.echo(f"{model} on {_describe(rows)}: {', '.join(names)}", err=True)
     card = compare_guides(
-        build(model, rows, seed=seed, **_sizes(entry, latent_dim, hidden)),
+        build(model, rows, seed=seed, **_sizes(entry, latent_dim, latent_dims, hidden)),
         factories,
         rows.x,
         rows.x_test,
+        objective=entry.objective,
         epochs=epochs,
         batch_size=batch_size,
         lr=lr,
@@ -673,9 +685,13 @@ def _describe(data: Dataset) -> str:
     return f"{data.name}{form} ({len(data.x)} training rows, {len(data.x_test)} test rows)"
 
 
-def _sizes(entry: ModelEntry, latent_dim: int | None, hidden: str | None) -> dict[str, Any]:
+def _sizes(
+    entry: ModelEntry, latent_dim: int | None, latent_dims: str | None, hidden: str | None
+) -> dict[str, Any]:
     """Return the sizes that were asked for; `hidden` is the encoder's alone in a linear model."""
     sizes: dict[str, Any] = {} if latent_dim is None else {"latent_dim": latent_dim}
+    if latent_dims is not None:
+        sizes["latent_dims"] = _integers("--latent-dims", latent_dims)
     if hidden is not None and "hidden" in entry.sizes:
         sizes["hidden"] = _units(hidden)
     return sizes
@@ -687,14 +703,19 @@ def _units(hidden: str | None) -> tuple[int, ...]:
         return (64,)
     if hidden.strip().lower() in ("", "none"):
         return ()
+    return _integers("--hidden", hidden, otherwise=", or none")
+
+
+def _integers(option: str, text: str, *, otherwise: str = "") -> tuple[int, ...]:
+    """Read positive integers with commas between."""
     try:
-        units = tuple(int(part) for part in hidden.split(","))
+        units = tuple(int(part) for part in text.split(","))
     except ValueError:
         units = (0,)
     if min(units) < 1:
         raise ValueError(
-            f"--hidden must be positive integers with commas between, such as 200,200, or none; "
-            f"got {hidden!r}."
+            f"{option} must be positive integers with commas between, such as 200,200{otherwise}; "
+            f"got {text!r}."
         )
     return units
 
@@ -751,15 +772,19 @@ def _pictures(folder: Path, result: Fit, data: Dataset | None, seed: int) -> lis
         x, y = x[:200], None if y is None else y[:200]
         guide = guide.refine(x, seed=seed)
     options: dict[str, Any] = {"image_shape": shape, "seed": seed}
-    files.append(_saved(plot_latents(model, guide, x, y, **options), folder / "latents.png"))
-    if shape is None:
-        return files
-    for name, figure in (
-        ("reconstructions", plot_reconstructions(model, guide, x, **options)),
-        ("samples", plot_samples(model, value_range=_range(x), **options)),
-        ("interpolation", plot_interpolation(model, guide, x, **options)),
-    ):
-        files.append(_saved(figure, folder / f"{name}.png"))
+    sites = check_model(model, as_batch(x, model, guide), plate="data", rows=len(x)).locals
+    continuous = any(not site.discrete for site in sites)
+    if continuous:
+        files.append(_saved(plot_latents(model, guide, x, y, **options), folder / "latents.png"))
+    if shape is not None:
+        for name, figure in (
+            ("reconstructions", plot_reconstructions(model, guide, x, **options)),
+            ("samples", plot_samples(model, value_range=_range(x), **options)),
+        ):
+            files.append(_saved(figure, folder / f"{name}.png"))
+    if shape is not None and continuous:  # discrete latents have nothing between two values
+        figure = plot_interpolation(model, guide, x, **options)
+        files.append(_saved(figure, folder / "interpolation.png"))
     return files
 
 

@@ -137,6 +137,13 @@ def test_compare_writes_a_table_and_a_page_and_reproduces_by_its_seed(tmp_path) 
         (["fit", "vae", "--data", "nowhere.csv"], "there is no file or folder 'nowhere.csv'"),
         (["fit", "vae", "--data", "digits", "--test", "0.5"], "test is for your own data"),
         (["fit", "vae", "--data", "wine.csv", "--split", "3"], "split is for uci/"),
+        (
+            ["fit", "sbn", "--latent-dim", "4"],
+            "sbn has no latent_dim; what can be chosen is latent",
+        ),
+        (["fit", "vae", "--latent-dims", "4"], "vae has no latent_dims; what can be chosen is la"),
+        (["fit", "sbn", "--latent-dims", "4;2"], "--latent-dims must be positive integers"),
+        (["compare", "sbn", "--guides", "flow", "--epochs", "1"], "family Flow cannot serve site"),
         (["fit", "ppca", "--hidden", "5"], "--hidden: neither ppca nor the guide exact has hidden"),
         (["fit", "vae", "--lr", "1e9", "--epochs", "1"], "fit: at step"),
         (["fit", "vae", "--hidden", "100000000000"], "there is not enough memory"),
@@ -392,6 +399,31 @@ def test_sizes_reach_the_model_and_the_guide(tmp_path) -> None:
     assert loaded.model.latent_dim == 3
     assert [p.shape[0] for p in loaded.model.decoder.parameters()] == [7, 7, 5, 5, 64, 64]
     assert loaded.config["guide"]["recipe"]["arguments"]["hidden"] == [7, 5]
+
+
+def test_a_model_of_discrete_latents_goes_all_the_way_but_for_nuts(tmp_path, fails) -> None:
+    folder = str(tmp_path / "sbn")
+    words = ["--latent-dims", "5,3", "--epochs", "2"]
+    printed = json.loads(run("fit", "sbn", *words, "--out", folder, "--json").stdout)
+    assert (printed["guide"], printed["steps"]) == ("bottom-up", 46)
+    loaded = load_run(folder)
+    assert loaded.model.latent_dims == (5, 3)
+    assert loaded.guide.local_sites() == ["h1", "h2"]
+    assert loaded.fit.settings["objective"] == "ELBO(score=DisARM())"
+    # Nothing lies between two states, so there is no map of the latents and no way between rows.
+    drawn = {file.stem for file in (tmp_path / "sbn").glob("*.png")}
+    assert drawn == {"bounds", "reconstructions", "samples"}
+    told = run("evaluate", folder, "--particles", "20").stdout
+    assert "NUTS was not run where a latent is discrete" in told
+    rows = np.array(json.loads(run("generate", folder, "--size", "3", "--json").stdout))
+    assert rows.shape == (3, 64)
+    assert set(np.unique(rows)) == {0.0, 1.0}
+    (said,) = fails("sample", folder, "--rows", "1")
+    assert said.startswith("ppl-models: sample: NUTS needs continuous latents, but site 'h2'")
+    words = ["compare", "sbn", *words, "--hidden", "4", "--particles", "20", "--json"]
+    card = json.loads(run(*words).stdout)
+    assert [row["guide"] for row in card["guides"]] == ["bottom-up", "amortized", "local"]
+    assert all(row["mean_error"] is None for row in card["guides"])
 
 
 @pytest.mark.parametrize("how", ["threshold", "static", "dynamic"])

@@ -240,9 +240,10 @@ def test_it_trains_and_is_scored_on_a_gpu(pair: Pair) -> None:
     made_there = pair.guide(model, ROWS)
     assert all(parameter.is_cuda for parameter in made_there.parameters())
     few = tuple(value[:2] for value in batch)
-    posterior = sample(model, *few, chains=1, draws=4, warmup=2, rows=pair.row_wise, seed=0)
-    assert all(value.is_cuda for value in posterior.values())
-    assert not posterior.summary().empty
+    if pair.sampled:
+        posterior = sample(model, *few, chains=1, draws=4, warmup=2, rows=pair.row_wise, seed=0)
+        assert all(value.is_cuda for value in posterior.values())
+        assert not posterior.summary().empty
     if pair.row_wise:
         assert math.isfinite(log_evidence(model, made_there, *batch, particles=5, seed=0).mean)
     factory = {"guide": lambda own: pair.guide(own, ROWS)}

@@ -12,7 +12,7 @@ import warnings
 from jaxtyping import install_import_hook
 
 CHECKED = ["ppl_models.ppca", "ppl_models.factor_analysis", "ppl_models.vae", "ppl_models.parts"]
-CHECKED += ["guides.conditionals"]
+CHECKED += ["ppl_models.sbn", "guides.conditionals"]
 with install_import_hook(CHECKED, "beartype.beartype"):
     warnings.simplefilter("ignore")  # beartype on the annotations of Pyro's metaclass
     import ppl_models
@@ -30,7 +30,8 @@ for pair in guides.registry.PAIRS:
         ELBO(particles).prepare(model, guide, *batch)(model, guide, *batch)
     if pair.evidence is not None:
         pair.evidence(model, batch)
-        model.posterior(*batch)
+        if hasattr(model, "posterior"):
+            model.posterior(*batch)
 x = torch.randn(20, 4)
 ppl_models.PPCA.maximum_likelihood(x, 2).log_evidence(x)
 ppl_models.FactorAnalysis.maximum_likelihood(x, 2).log_evidence(x)
