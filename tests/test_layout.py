@@ -27,7 +27,7 @@ ALLOWED = {
     "ppl_models.core": {"ppl_models.core"},
     "ppl_models.parts": {"ppl_models.core", "ppl_models.parts"},
     "ppl_models.data": {"ppl_models.core", "ppl_models.data"},
-    "ppl_models.infer": {"ppl_models.core", "ppl_models.infer"},
+    "ppl_models.infer": {"ppl_models.core", "ppl_models.parts", "ppl_models.infer"},
     "ppl_models.evaluate": {"ppl_models.core", "ppl_models.infer", "ppl_models.evaluate"},
     "ppl_models": {"ppl_models", "ppl_models.core", "ppl_models.parts"},  # a model's own file
 }
