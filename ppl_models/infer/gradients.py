@@ -12,8 +12,8 @@ from __future__ import annotations
 import abc
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, cast
 
 import pyro.distributions as dist
 import torch
@@ -81,7 +81,18 @@ class Run:
         return len(node["fn"].batch_shape) + next(dims)
 
 
-class Score(abc.ABC):
+class _Told:
+    """Shows what was chosen, not what is so by default."""
+
+    def __repr__(self) -> str:
+        shown = (f for f in fields(cast(Any, self)) if f.repr)
+        chosen = (
+            (f.name, getattr(self, f.name)) for f in shown if getattr(self, f.name) != f.default
+        )
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in chosen)})"
+
+
+class Score(_Told, abc.ABC):
     """An estimator for sites whose draws carry no gradient.
 
     Attributes:
@@ -118,7 +129,7 @@ class Score(abc.ABC):
         return []
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Reinforce(Score):
     r"""The score function, :math:`(f(z) - b) \nabla \log q(z)`, of the terms that hang on a draw.
 
@@ -154,7 +165,7 @@ class Reinforce(Score):
         return cost, 0.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LeaveOneOut(Reinforce):
     """The score function; the baseline of a particle is the mean of the others.
 
@@ -171,7 +182,7 @@ class LeaveOneOut(Reinforce):
         return cost - others, 0.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class RunningAverage(Reinforce):
     """The score function; the baseline of a site is the mean of its costs in earlier steps.
 
@@ -180,14 +191,13 @@ class RunningAverage(Reinforce):
     """
 
     decay: float = 0.9
-    averages: Mapping[str, Tensor] | None = None  # of each site: sum of weights, mean
+    averages: Mapping[str, Tensor] | None = field(
+        default=None, repr=False
+    )  # of each site: sum of weights, mean
 
     def __post_init__(self) -> None:
         if not 0.0 < self.decay < 1.0:
             raise ValueError(f"RunningAverage: decay must be within (0, 1), got {self.decay}.")
-
-    def __repr__(self) -> str:
-        return f"RunningAverage(decay={self.decay})"
 
     def prepared(self, nodes: Mapping[str, Any], batch: Sequence[Tensor]) -> RunningAverage:
         """Return one with an average for each site."""
@@ -207,18 +217,18 @@ class RunningAverage(Reinforce):
         return cost - torch.where(before[0] > 0.0, mean, torch.zeros_like(mean)), 0.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class NVIL(Reinforce):
-    r"""The score function; a network predicts the cost from the batch, and its scale is divided out.
+    r"""The score function; a network predicts the cost from the batch.
 
-    The network is trained along, by least squares. Costs are centred by a running mean and divided
-    by a running standard deviation, if that is above 1: the step is another one then, not the
-    direction.
+    The network is trained along, by least squares.
 
     Arguments:
         hidden: Units of each tanh layer of the network.
         decay: Of the running mean and variance.
-        normalise: Divide by the running standard deviation.
+        normalise: Divide what is left by the running standard deviation of the costs of a site, where
+            that is above 1, as Mnih & Gregor do: another length of the step of the guide, for
+            optimisers that do not choose it themselves, and a bias for what sites share.
 
     Source:
         Mnih & Gregor (2014). https://arxiv.org/abs/1402.0030
@@ -226,16 +236,14 @@ class NVIL(Reinforce):
 
     hidden: tuple[int, ...] = (100,)
     decay: float = 0.8
-    normalise: bool = True
-    networks: nn.ModuleDict | None = None
-    moments: Mapping[str, Tensor] | None = None  # of each site: sum of weights, mean, variance
+    normalise: bool = False
+    networks: nn.ModuleDict | None = field(default=None, repr=False)
+    # Of each site: sum of weights, mean, variance.
+    moments: Mapping[str, Tensor] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if not 0.0 < self.decay < 1.0:
             raise ValueError(f"NVIL: decay must be within (0, 1), got {self.decay}.")
-
-    def __repr__(self) -> str:
-        return f"NVIL(hidden={self.hidden}, decay={self.decay}, normalise={self.normalise})"
 
     def prepared(self, nodes: Mapping[str, Any], batch: Sequence[Tensor]) -> NVIL:
         """Return one with a network for each site."""
@@ -265,11 +273,13 @@ class NVIL(Reinforce):
         rows = [v.reshape(len(v), -1) for v in run.batch if v.is_floating_point()]
         predicted = self.networks[_key(name)](torch.cat(rows, -1)).squeeze(-1)
         predicted = predicted if predicted.shape == cost.shape[-1:] else predicted.mean()
+        rows_scale = run.node(name)["scale"]  # of a minibatch: the network learns nats of a row
+        predicted = predicted * rows_scale
         signal = cost - mean - predicted
         with torch.no_grad():
             now = torch.stack([torch.ones_like(mean), cost.mean(), (cost - mean).square().mean()])
             self.moments[name].mul_(self.decay).add_((1.0 - self.decay) * now)
-        loss = signal.square().sum()
+        loss = (signal / rows_scale).square().sum()
         return (signal / scale if self.normalise else signal), loss
 
 
@@ -378,7 +388,7 @@ class _Antithetic(Score):
         """Return the estimate of the gradient by each logit, from a draw and its partner."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ARM(_Antithetic):
     r"""Augment, reinforce, merge: :math:`(f(\tilde z) - f(z)) (u - 1/2)`, for Bernoulli latents.
 
@@ -393,7 +403,7 @@ class ARM(_Antithetic):
         return (cost[1] - cost[0]) * (u - 0.5)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class DisARM(_Antithetic):
     r"""ARM with its uniform integrated out, for Bernoulli latents.
 

@@ -180,7 +180,7 @@ UNBIASED = {
     "default": ELBO(),
     "all terms": ELBO(score=Reinforce(rao_blackwell=False)),
     "running average": ELBO(score=RunningAverage()),
-    "NVIL": ELBO(score=NVIL(hidden=(5,), normalise=False)),
+    "NVIL": ELBO(score=NVIL(hidden=(5,))),
     "leave one out": ELBO(3, score=LeaveOneOut()),
     "ARM": ELBO(score=ARM()),
     "DisARM": ELBO(score=DisARM()),
@@ -201,7 +201,7 @@ def test_normalised_costs_change_the_length_of_the_guide_step_only() -> None:
     """NVIL divides by a running scale above 1: a bias that it says it has."""
     model, guide, x = belief_network()
     exact = exact_elbo(model, guide, x)
-    found = z_scores(ELBO(score=NVIL(hidden=(5,))), model, guide, x, exact)
+    found = z_scores(ELBO(score=NVIL(hidden=(5,), normalise=True)), model, guide, x, exact)
     assert max(v for k, v in found.items() if not k.startswith("guide")) < WIDE
     assert max(v for k, v in found.items() if k.startswith("guide")) > 10
 
