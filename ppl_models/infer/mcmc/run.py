@@ -11,12 +11,13 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import Independent
 
 from ppl_models.core.batch import as_batch, check_device, check_model, check_programs, moved
 from ppl_models.core.checks import check_count
 from ppl_models.core.modes import evaluation_mode
 from ppl_models.core.random import seeded
-from ppl_models.core.sites import SiteTable, describe, describe_program
+from ppl_models.core.sites import Site, SiteTable, describe, describe_program
 from ppl_models.core.store import own_parameters
 from ppl_models.core.types import Batch
 from ppl_models.infer.mcmc.adaptation import groups_of, warm_up, windows
@@ -368,6 +369,20 @@ def _check_memory(table: SiteTable, draws: int) -> None:
         )
 
 
+def _instead(site: Site) -> str:
+    """What to do with a discrete latent."""
+    if isinstance(site.fn, Independent):
+        return (
+            "Pyro does not sum over all states of several elements at once: fit a guide instead, "
+            "as in fit(..., objective=ELBO(2, score=LeaveOneOut())), or make each element a site "
+            "of its own that is marked to be summed out."
+        )
+    return (
+        "Mark it to be summed out, pyro.sample(..., infer={'enumerate': 'parallel'}), or fit a "
+        "guide instead."
+    )
+
+
 def _check_latents(model: Callable[..., Any], table: SiteTable, *, rows: bool) -> None:
     name = describe_program(model)
     if not table.latents:
@@ -379,8 +394,7 @@ def _check_latents(model: Callable[..., Any], table: SiteTable, *, rows: bool) -
         if site.discrete:
             raise ValueError(
                 f"sample: NUTS needs continuous latents, but site '{site.name}' is discrete "
-                f"({describe(site.support)}). Mark it to be summed out, "
-                "pyro.sample(..., infer={'enumerate': 'parallel'}), or fit a guide instead."
+                f"({describe(site.support)}). {_instead(site)}"
             )
     if rows and not table.row_wise:
         raise ValueError(

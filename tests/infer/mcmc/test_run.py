@@ -334,3 +334,18 @@ def test_a_model_without_latents_is_refused() -> None:
 def test_wrong_settings_of_nuts_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         NUTS(**options)
+
+
+@pytest.mark.parametrize(
+    ("fn", "words"),
+    [
+        (dist.Bernoulli(torch.full((2,), 0.5)).to_event(1), "fit a guide instead, as in"),
+        (dist.Bernoulli(0.5), "Mark it to be summed out"),
+    ],
+)
+def test_discrete_latents_are_refused_with_what_can_be_done(fn: Any, words: str) -> None:
+    def model() -> None:
+        pyro.sample("h", fn)
+
+    with pytest.raises(ValueError, match=words):
+        sample(model, chains=1, draws=4, warmup=4)
