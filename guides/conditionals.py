@@ -184,6 +184,47 @@ class Elementwise(Conditional):
         return self._make(*numbers).to_event(len(self._shape))
 
 
+class SmoothBernoulli(dist.Bernoulli):
+    """Bernoulli, whose draws carry a gradient that is biased.
+
+    Arguments:
+        logits: Log odds of a one.
+        temperature: Of the logistic variable that is above 0 where the draw is 1.
+        rounds: Draw zeros and ones, with the gradient of what they were rounded from; or draw that.
+    """
+
+    has_rsample = True
+    biased = True  # so that tables can say it
+
+    def __init__(self, logits: Tensor, temperature: float, *, rounds: bool) -> None:
+        super().__init__(logits=logits, validate_args=False)
+        self.temperature, self.rounds = temperature, rounds
+
+    def rsample(self, sample_shape: Any = Size()) -> Tensor:
+        """Draw, along a path."""
+        logits = self.logits.expand(self._extended_shape(sample_shape))
+        u = torch.rand_like(logits).clamp(min=torch.finfo(logits.dtype).tiny)
+        z = logits + torch.log(u) - torch.log1p(-u)
+        smooth = torch.sigmoid(z / self.temperature)
+        return (z > 0.0).to(z.dtype) + (smooth - smooth.detach()) if self.rounds else smooth
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> SmoothBernoulli:
+        """Return it with another batch shape."""
+        return SmoothBernoulli(
+            self.logits.expand(batch_shape), self.temperature, rounds=self.rounds
+        )
+
+
+class SmoothElements(Elementwise):
+    """Bernoulli elements, from logits, with biased gradients; rounded while it is evaluated."""
+
+    def __init__(self, site: Site, temperature: float, *, rounds: bool) -> None:
+        def make(logits: Tensor) -> Distribution:
+            return SmoothBernoulli(logits, temperature, rounds=rounds or not self.training)
+
+        super().__init__(site, 1, make)
+
+
 class Lastwise(Conditional):
     """A distribution whose numbers are a vector in the last dimension, such as logits."""
 

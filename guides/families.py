@@ -24,6 +24,7 @@ from guides.conditionals import (
     FullCovariance,
     Lastwise,
     LowRankCovariance,
+    SmoothElements,
 )
 from guides.flows import zuko
 from ppl_models.core.sites import Site, base_support, describe
@@ -237,6 +238,55 @@ class Bernoulli(_OneSupport):
 
 
 @dataclass(frozen=True)
+class StraightThrough(_OneSupport):
+    r"""Bernoulli, with the gradient of a smooth version of its draws: biased.
+
+    Draws are zeros and ones, so what is reported is a bound; its gradient is that of
+    :math:`\sigma((\phi + \epsilon) / \lambda)`, from which they were rounded. Its numbers are logits.
+
+    Arguments:
+        temperature: :math:`\lambda`: lower for less bias and more variance.
+
+    Source:
+        Bengio, Leonard & Courville (2013), https://arxiv.org/abs/1308.3432; Jang, Gu & Poole (2017),
+        https://arxiv.org/abs/1611.01144
+    """
+
+    wants = "binary values"
+    temperature: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0.0:
+            raise ValueError(f"{self.name}: temperature must be above 0, got {self.temperature}.")
+
+    def _serves(self, base: constraints.Constraint) -> bool:
+        return base is constraints.boolean
+
+    def _build(self, site: Site) -> Conditional:
+        return SmoothElements(site, self.temperature, rounds=True)
+
+
+@dataclass(frozen=True)
+class Concrete(StraightThrough):
+    """Bernoulli, smooth while it is trained: biased.
+
+    The model sees values between 0 and 1, to which its log density is extended as that of a Bernoulli
+    variable is: what is reported in training is no bound. In evaluation mode draws are rounded. In
+    plain Pyro turn validation off, `pyro.enable_validation(False)`.
+
+    Arguments:
+        temperature: Of the smooth draws: lower for less bias and more variance.
+
+    Source:
+        Maddison, Mnih & Teh (2017), https://arxiv.org/abs/1611.00712; Jang, Gu & Poole (2017),
+        https://arxiv.org/abs/1611.01144
+    """
+
+    def _build(self, site: Site) -> Conditional:
+        return SmoothElements(site, self.temperature, rounds=False)
+
+
+@dataclass(frozen=True)
 class Categorical(_OneSupport):
     """Categorical, for sites with values 0, 1, ..., n; its numbers are logits."""
 
@@ -290,6 +340,8 @@ ALL: tuple[Family, ...] = (
     Beta(),
     Dirichlet(),
     Bernoulli(),
+    StraightThrough(),
+    Concrete(),
     Categorical(),
     OneHotCategorical(),
     Poisson(),

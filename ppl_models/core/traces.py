@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import copy
+from collections.abc import Callable, Container, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -68,9 +69,43 @@ def run_pair(
     with handler or nullcontext(), _particle_plate(particles, dim), recorded(guide) as guided:
         guide(*batch)
     with _particle_plate(particles, dim), recorded(model) as told:
-        poutine.replay(model, trace=guided.trace)(*batch)
+        poutine.replay(_lenient(model, guided.trace), trace=guided.trace)(*batch)
     check_sites(model, told.trace, guided.trace)
     return Pair(told.trace, guided.trace, particles, handler)
+
+
+class Unchecked(Messenger):
+    """Take values off their support at some sites: smooth versions of discrete draws."""
+
+    def __init__(self, names: Container[str]) -> None:
+        super().__init__()
+        self.names = names
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"] in self.names:
+            msg["fn"] = unchecked(msg["fn"])
+
+
+def unchecked(fn: Any) -> Any:
+    """Return a distribution that does not look at the values it is asked about."""
+    fn = copy.copy(fn)
+    fn._validate_args = False
+    if hasattr(fn, "base_dist"):
+        fn.base_dist = unchecked(fn.base_dist)
+    return fn
+
+
+def _lenient(model: Callable[..., Any], guided: Trace) -> Callable[..., Any]:
+    """Let a model take the smooth draws of a guide."""
+    nodes = stochastic_nodes(guided)
+    smooth = {name for name, node in nodes if node["infer"].get("smooth") or _is_smooth(node["fn"])}
+    return Unchecked(smooth)(model) if smooth else model
+
+
+def _is_smooth(fn: Any) -> bool:
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    return getattr(fn, "rounds", True) is False
 
 
 def joint_table(
@@ -168,7 +203,7 @@ def replayed_pair(
     with _particle_plate(particles, dim), recorded(guide) as guided:
         poutine.replay(guide, trace=drawn)(*batch)
     with _particle_plate(particles, dim), recorded(model) as told:
-        poutine.replay(model, trace=drawn)(*batch)
+        poutine.replay(_lenient(model, guided.trace), trace=drawn)(*batch)
     return Pair(told.trace, guided.trace, particles)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import abc
 import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, cast
@@ -23,7 +24,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
-from ppl_models.core.traces import PARTICLES, Pair
+from ppl_models.core.traces import PARTICLES, Pair, unchecked
 from ppl_models.infer.dependencies import Dependencies
 from ppl_models.parts.nn import mlp
 
@@ -35,7 +36,7 @@ class Term:
     Attributes:
         name: Of its site, "model.x" or "guide.z".
         stack: Plates that it is in.
-        value: What it adds to the bound, detached, nats.
+        value: What it adds to the bound, nats.
     """
 
     name: str
@@ -65,12 +66,19 @@ class Run:
         """Return what the guide says of a site."""
         return self.pair.guide.nodes[name]
 
-    def cost(self, name: str, *, narrow: bool = True) -> Tensor:
-        """Return what hangs on the draw at a latent, in the plates of its site."""
+    def cost(self, name: str, *, narrow: bool = True, live: bool = False) -> Tensor:
+        """Return what hangs on the draw at a latent, in the plates of its site.
+
+        Arguments:
+            name: Of the latent.
+            narrow: Leave out the terms that do not depend on it.
+            live: Whether gradients go through it.
+        """
         known = self.depends.get(name) if narrow and self.depends is not None else None
         terms = [term for term in self.terms if known is None or term.name in known]
         node = self.node(name)
-        costs = MultiFrameTensor(*((term.stack, term.value) for term in terms))
+        values = ((t.stack, t.value if live else t.value.detach()) for t in terms)
+        costs = MultiFrameTensor(*values)
         cost: Any = costs.sum_to(node["cond_indep_stack"])
         return cost.expand(node["fn"].batch_shape)
 
@@ -119,6 +127,10 @@ class Score(_Told, abc.ABC):
     def handler(self, runs: int) -> Messenger | None:
         """Return what the guide is run in."""
         return None
+
+    def counted(self, runs: int) -> int:
+        """Return how many of these runs, the first ones, are draws of the guide."""
+        return runs
 
     @abc.abstractmethod
     def surrogate(self, run: Run, name: str) -> Tensor:
@@ -292,20 +304,20 @@ class Detached(Messenger):
 
 
 class _Coupled(Messenger):
-    """Draw Bernoulli sites so that each has, among the runs of a draw, one antithetic to the first.
+    """Draw Bernoulli sites in several runs at once, of which run l + 1 differs at site l.
 
-    Run 0 is the draw. Run l + 1 shares the sites before site l, has 1 - u in place of the uniform u
-    at site l, and goes on by itself after it.
+    Run 0 is the draw. Run l + 1 shares what is before site l, and goes on by itself after it.
     """
+
+    relaxed: ClassVar[bool] = False
 
     def __init__(self, runs: int) -> None:
         super().__init__()
         self.runs = runs
-        self.uniforms: dict[str, Tensor] = {}
         self.before = 0  # Bernoulli sites drawn
 
     def __enter__(self) -> Any:
-        self.uniforms, self.before = {}, 0
+        self.before = 0
         return super().__enter__()
 
     def _pyro_sample(self, msg: Any) -> None:
@@ -317,31 +329,79 @@ class _Coupled(Messenger):
         axis = len(fn.batch_shape) + frame.dim
         logits = bernoulli_logits(fn)
         if logits is None:
-            value = fn.rsample() if fn.has_rsample else fn.sample()
-            parts = self._split(value, axis)
-            shared = [parts[0] if run > self.before else part for run, part in enumerate(parts)]
-            msg["value"] = torch.stack(shared, axis + 1).flatten(axis, axis + 1)
-            msg["done"] = True
-            return
-        parts = list(self._split(torch.rand_like(logits), axis))
-        for run in range(1, self.runs):
-            if run == self.before + 1:
-                parts[run] = 1.0 - parts[0]
-            elif run > self.before + 1:
-                parts[run] = parts[0]
-        u = torch.stack(parts, axis + 1).flatten(axis, axis + 1)
-        msg["value"] = (u < torch.sigmoid(logits)).to(logits.dtype)
+            drawn = self.split(fn.rsample() if fn.has_rsample else fn.sample(), axis)
+            parts = [drawn[0] if run > self.before else part for run, part in enumerate(drawn)]
+        else:
+            parts = self._draw(msg["name"], self.split(logits, axis))
+            self.before += 1
+            if self.relaxed:
+                msg["fn"] = unchecked(fn)
+                msg["infer"] = {**msg["infer"], "smooth": True}
+        msg["value"] = torch.stack(parts, axis + 1).flatten(axis, axis + 1)
         msg["done"] = True
-        self.uniforms[msg["name"]] = parts[0]
-        self.before += 1
 
-    def _split(self, value: Tensor, axis: int) -> tuple[Tensor, ...]:
+    def _draw(self, name: str, logits: Sequence[Tensor]) -> list[Tensor]:
+        """Return the values of all runs at a site, given their logits."""
+        raise NotImplementedError
+
+    def split(self, value: Tensor, axis: int) -> tuple[Tensor, ...]:
+        """Return the parts of each run."""
         draws = value.shape[axis] // self.runs
         return value.unflatten(axis, (draws, self.runs)).unbind(axis + 1)
 
 
-class _Antithetic(Score):
-    """What ARM and DisARM share: an antithetic partner for each draw, at each site."""
+class _Opposed(_Coupled):
+    """Run l + 1 has 1 - u in place of the uniform u of site l: an antithetic draw."""
+
+    def __init__(self, runs: int) -> None:
+        super().__init__(runs)
+        self.uniforms: dict[str, Tensor] = {}
+
+    def _draw(self, name: str, logits: Sequence[Tensor]) -> list[Tensor]:
+        u = [torch.rand_like(part) for part in logits]
+        self.uniforms[name] = u[0]
+        for run in range(1, self.runs):
+            if run == self.before + 1:
+                u[run] = 1.0 - u[0]
+            elif run > self.before + 1:
+                u[run] = u[0]
+        return [(a < torch.sigmoid(b)).to(b.dtype) for a, b in zip(u, logits, strict=True)]
+
+
+class _Relaxed(_Coupled):
+    """Run l + 1 has a smooth version of the draw at site l, and at all sites after it."""
+
+    relaxed = True
+
+    def __init__(self, runs: int, temperature: float) -> None:
+        super().__init__(runs)
+        self.temperature = temperature
+        self.logistic: dict[str, Tensor] = {}  # of each site: what is above 0 where the draw is 1,
+        self.leaves: dict[
+            str, Tensor
+        ] = {}  # and its smooth version, from which gradients are asked
+        self.slopes: dict[str, Tensor] = {}
+
+    def _draw(self, name: str, logits: Sequence[Tensor]) -> list[Tensor]:
+        u = torch.rand_like(logits[0]).clamp(min=torch.finfo(logits[0].dtype).tiny)
+        noise = torch.log(u) - torch.log1p(-u)
+        z = (logits[0] + noise).detach()
+        hard = (z > 0.0).to(z.dtype)
+        leaf = torch.sigmoid(z / self.temperature).requires_grad_()
+        self.logistic[name], self.leaves[name] = z, leaf
+        parts = [hard]
+        for run in range(1, self.runs):
+            if run > self.before + 1:
+                parts.append(hard)
+            elif run == self.before + 1:
+                parts.append(leaf)
+            else:  # the noise is shared: what hangs on earlier sites alone cancels
+                parts.append(torch.sigmoid((logits[run] + noise) / self.temperature))
+        return parts
+
+
+class _OfBernoulli(Score):
+    """What the estimators for Bernoulli latents share: a further run for each site."""
 
     vectorized: ClassVar[bool] = True
 
@@ -352,17 +412,21 @@ class _Antithetic(Score):
         return f"its distribution is {_kind(fn)}, and {type(self).__name__} is for Bernoulli sites"
 
     def runs(self, nodes: Mapping[str, Any]) -> int:
-        """Return 1 more than there are sites: each has an antithetic run of its own."""
+        """Return 1 more than there are sites: each has a run of its own."""
         return 1 + len(nodes)
+
+
+class _Antithetic(_OfBernoulli):
+    """What ARM and DisARM share: an antithetic partner for each draw, at each site."""
 
     def handler(self, runs: int) -> Messenger:
         """Return what couples the runs."""
-        return _Coupled(runs)
+        return _Opposed(runs)
 
     def surrogate(self, run: Run, name: str) -> Tensor:
         """Return the logits of a site, each times the estimate of its gradient."""
         node, coupled = run.node(name), run.pair.handler
-        assert isinstance(coupled, _Coupled)
+        assert isinstance(coupled, _Opposed)
         logits = bernoulli_logits(node["fn"])
         assert logits is not None
         place = list(coupled.uniforms).index(name) + 1
@@ -370,15 +434,14 @@ class _Antithetic(Score):
         cost = run.cost(name).reshape(*shape, *(1,) * events)
 
         def pair(value: Tensor) -> tuple[Tensor, Tensor]:
-            parts = coupled._split(value, axis)
+            parts = coupled.split(value, axis)
             return parts[0], parts[place]
 
         slope = self.slope(
             pair(cost), pair(node["value"]), pair(logits)[0].detach(), coupled.uniforms[name]
         )
-        if node["mask"] is not None and node["mask"] is not True:
-            mask = torch.as_tensor(node["mask"], device=slope.device).expand(shape)
-            slope = slope * pair(mask.reshape(*shape, *(1,) * events).to(slope.dtype))[0]
+        if (mask := _mask(node)) is not None:
+            slope = slope * pair(mask)[0]
         return (slope.detach() * pair(logits)[0]).sum() / (run.particles / coupled.runs)
 
     @abc.abstractmethod
@@ -423,6 +486,228 @@ class DisARM(_Antithetic):
         return 0.5 * (cost[0] - cost[1]) * (z[0] - z[1]) * torch.sigmoid(logits.abs())
 
 
+@dataclass(frozen=True, repr=False)
+class REBAR(_OfBernoulli):
+    r"""The score function; the baseline is the cost at a smooth version of the draw, for Bernoulli.
+
+    .. math::
+
+        (f(b) - \eta f(\sigma_\lambda(\tilde z))) \nabla \log q(b)
+        + \eta \nabla f(\sigma_\lambda(z)) - \eta \nabla f(\sigma_\lambda(\tilde z))
+
+    with :math:`b = [z > 0]`, :math:`z` logistic, and :math:`\tilde z` one more draw of z given b. What
+    is subtracted is added again along the path, so the mean stays. z and its partner share their
+    noise, so that they are equal and differ in their gradients only: one smooth run a site. The model
+    is asked for log densities at values between 0 and 1, which that of a Bernoulli variable extends
+    to. :math:`\eta`, of each site, is trained along to make the variance small.
+
+    Arguments:
+        temperature: :math:`\lambda`, of the smooth version; it stays as it is.
+
+    Source:
+        Tucker, Mnih, Maddison, Lawson & Sohl-Dickstein (2017). https://arxiv.org/abs/1703.07370
+    """
+
+    temperature: float = 0.5
+    factors: nn.ParameterDict | None = field(default=None, repr=False)  # of each site
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0.0:
+            name = type(self).__name__
+            raise ValueError(f"{name}: temperature must be above 0, got {self.temperature}.")
+
+    def prepared(self, nodes: Mapping[str, Any], batch: Sequence[Tensor]) -> REBAR:
+        """Return one with a factor for each site."""
+        ones = {_key(name): nn.Parameter(n["log_prob"].new_ones(())) for name, n in nodes.items()}
+        return _replaced(self, factors=nn.ParameterDict(ones))
+
+    def handler(self, runs: int) -> Messenger:
+        """Return what makes the smooth runs."""
+        return _Relaxed(runs, self.temperature)
+
+    def counted(self, runs: int) -> int:
+        """Return 1: smooth runs are no draws."""
+        return 1
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Return the factors of the sites."""
+        return [] if self.factors is None else list(self.factors.values())
+
+    def surrogate(self, run: Run, name: str) -> Tensor:
+        """Return the logits of a site, each times the estimate of its gradient."""
+        assert self.factors is not None
+        node, handler = run.node(name), run.pair.handler
+        assert isinstance(handler, _Relaxed)
+        if not handler.slopes:
+            handler.slopes = _slopes(run, handler)
+        axis, shape = run.axis(name), node["fn"].batch_shape
+        place = list(handler.leaves).index(name) + 1
+        cost = run.cost(name).reshape(*shape, *(1,) * node["fn"].event_dim)
+        costs = handler.split(cost, axis)
+        whole = bernoulli_logits(node["fn"])
+        assert whole is not None
+        live = handler.split(whole, axis)[0]
+        logits, z = live.detach(), handler.logistic[name]
+        smooth = handler.leaves[name].detach()
+        by_z = smooth * (1.0 - smooth) / self.temperature
+        known = handler.slopes[name] * by_z
+        baseline, slope = self.baseline(name, run, costs[place], known, smooth, by_z)
+        b = (z > 0.0).to(z.dtype)
+        score = b - torch.sigmoid(logits)
+        # What a logit does to z, less what it does to its partner given b.
+        moves = 1.0 + torch.expm1(-z.abs()) * torch.sigmoid(torch.where(z > 0.0, logits, -logits))
+        estimate = (costs[0] - baseline) * score + slope * moves
+        if (mask := _mask(node)) is not None:
+            estimate = estimate * handler.split(mask, axis)[0]
+        loss = (estimate / node["scale"]).square().sum()
+        return (estimate.detach() * live).sum() / run.particles - loss
+
+    def baseline(
+        self, name: str, run: Run, cost: Tensor, slope: Tensor, smooth: Tensor, by_z: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return what is taken off the cost of a site, and its gradient by z.
+
+        Arguments:
+            name: Of the site.
+            run: What was run.
+            cost: At the smooth draw.
+            slope: Of that cost, by z.
+            smooth: The smooth draw.
+            by_z: Its derivative by z.
+        """
+        assert self.factors is not None
+        factor = self.factors[_key(name)]
+        return factor * cost, factor * slope
+
+
+@dataclass(frozen=True, repr=False)
+class RELAX(REBAR):
+    r"""REBAR, and to its baseline a network of the smooth draw and of the batch is added.
+
+    The network is trained along to make the variance small.
+
+    Arguments:
+        temperature: Of the smooth draw.
+        hidden: Units of each tanh layer of the network.
+
+    Source:
+        Grathwohl, Choi, Wu, Roeder & Duvenaud (2018). https://arxiv.org/abs/1711.00123
+    """
+
+    hidden: tuple[int, ...] = (100,)
+    networks: nn.ModuleDict | None = field(default=None, repr=False)
+
+    def prepared(self, nodes: Mapping[str, Any], batch: Sequence[Tensor]) -> RELAX:
+        """Return one with a factor and a network for each site."""
+        networks = nn.ModuleDict()
+        for name, node in nodes.items():
+            inputs = _per_row(node, batch)
+            units = node["fn"].event_shape.numel() + sum(value.shape[1] for value in inputs)
+            networks[_key(name)] = mlp(units, self.hidden, 1).to(node["log_prob"])
+            with torch.no_grad():  # at first, REBAR
+                for value in cast(Any, networks[_key(name)])[-1].parameters():
+                    value.zero_()
+        return _replaced(super().prepared(nodes, batch), networks=networks)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Return the factors, and the parameters of the networks."""
+        own = [] if self.networks is None else list(self.networks.parameters())
+        return [*super().parameters(), *own]
+
+    def baseline(
+        self, name: str, run: Run, cost: Tensor, slope: Tensor, smooth: Tensor, by_z: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return what is taken off the cost of a site, and its gradient by z."""
+        assert self.networks is not None
+        cost, slope = super().baseline(name, run, cost, slope, smooth, by_z)
+        node = run.node(name)
+        free = smooth.clone().requires_grad_()
+        lead = smooth.shape[: smooth.ndim - node["fn"].event_dim]
+        rows = [value.expand(*lead, -1) for value in _per_row(node, run.batch)]
+        inputs = torch.cat([free.reshape(*lead, -1), *rows], -1)
+        told = self.networks[_key(name)](inputs)
+        scale = torch.as_tensor(node["scale"], device=told.device)
+        told = told.squeeze(-1) * scale
+        (by_smooth,) = torch.autograd.grad(told.sum(), free, create_graph=True)
+        return cost + told.reshape(*lead, *(1,) * node["fn"].event_dim), slope + by_smooth * by_z
+
+
+class _States(Messenger):
+    """Give some sites all their joint states, one in each particle."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        super().__init__()
+        self.names = names
+        self.states: list[Tensor] = []
+
+    def __enter__(self) -> Any:
+        self.states = []
+        return super().__enter__()
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"] not in self.names:
+            return
+        fn = msg["fn"]
+        own = _joint_states(fn)
+        many = next(f.size for f in msg["cond_indep_stack"] if f.name == PARTICLES)
+        axis = next(f.dim for f in msg["cond_indep_stack"] if f.name == PARTICLES)
+        before = math.prod(len(states) for states in self.states)
+        place = torch.arange(many, device=own.device) // before % len(own)
+        value = own[place].reshape(many, *(1,) * (-axis - 1), *fn.event_shape)
+        msg["value"] = value.expand(*fn.batch_shape, *fn.event_shape)
+        msg["done"] = True
+        self.states.append(own)
+
+
+@dataclass(frozen=True, repr=False)
+class Enumerate(Score):
+    """The exact gradient: the sum over all joint states of the discrete latents of a row.
+
+    What it takes doubles with each binary unit. Latents that are marked for enumeration and that the
+    guide leaves out are summed by `pyro.infer.TraceEnum_ELBO()`, which `fit` takes as objective.
+
+    Arguments:
+        most: Joint states of a row, at most.
+    """
+
+    vectorized: ClassVar[bool] = True
+    most: int = 4096
+    names: tuple[str, ...] = field(default=(), repr=False)
+
+    def refuses(self, name: str, fn: Any) -> str | None:
+        """Say why it does not fit a site: it takes finite supports."""
+        if not _base(fn).has_enumerate_support:
+            return f"its distribution is {_kind(fn)}, whose support is not finite"
+        return None
+
+    def prepared(self, nodes: Mapping[str, Any], batch: Sequence[Tensor]) -> Enumerate:
+        """Return one that knows the sites."""
+        self._count(nodes)
+        return _replaced(self, names=tuple(nodes))
+
+    def runs(self, nodes: Mapping[str, Any]) -> int:
+        """Return the number of joint states."""
+        return self._count(nodes)
+
+    def handler(self, runs: int) -> Messenger:
+        """Return what goes through the states."""
+        return _States(self.names)
+
+    def surrogate(self, run: Run, name: str) -> Tensor:
+        """Return nothing: the sum over states has its own gradient."""
+        raise NotImplementedError
+
+    def _count(self, nodes: Mapping[str, Any]) -> int:
+        sizes = {name: _number_of_states(node["fn"]) for name, node in nodes.items()}
+        many = math.prod(sizes.values())
+        if many > self.most:
+            raise ValueError(
+                f"Enumerate: a row has {many:,} joint states of the sites {sizes}, more than "
+                f"most={self.most:,}. Use an estimator that draws, such as DisARM() or LeaveOneOut()."
+            )
+        return many
+
+
 @dataclass(frozen=True)
 class Path:
     """An estimator for sites whose draws carry a gradient."""
@@ -461,10 +746,59 @@ def bernoulli_logits(fn: Any) -> Tensor | None:
     return fn.logits if isinstance(fn, torch.distributions.Bernoulli) else None
 
 
-def _kind(fn: Any) -> str:
+def _number_of_states(fn: Any) -> int:
+    """Return how many values a draw can have; a plate has a draw in each place."""
+    base = _base(fn)
+    elements = fn.event_shape.numel() // base.event_shape.numel()
+    return len(base.enumerate_support(expand=False)) ** elements
+
+
+def _joint_states(fn: Any) -> Tensor:
+    """Return all values of a draw, shape (states, *event)."""
+    base = _base(fn)
+    one = base.enumerate_support(expand=False)
+    one = one.reshape(len(one), *base.event_shape)
+    elements = fn.event_shape.numel() // base.event_shape.numel()
+    codes = torch.arange(len(one) ** elements, device=one.device).unsqueeze(1)
+    digits = codes // len(one) ** torch.arange(elements, device=one.device) % len(one)
+    return one[digits].reshape(-1, *fn.event_shape)
+
+
+def _base(fn: Any) -> Any:
     while hasattr(fn, "base_dist"):
         fn = fn.base_dist
-    return type(fn).__name__
+    return fn
+
+
+def _slopes(run: Run, handler: _Relaxed) -> dict[str, Tensor]:
+    """Return the gradient of the cost at each smooth draw by that draw."""
+    total = torch.zeros(())
+    for place, name in enumerate(handler.leaves, start=1):
+        costs = handler.split(run.cost(name, live=True), run.axis(name))
+        total = total + costs[place].sum()
+    leaves = list(handler.leaves.values())
+    slopes = torch.autograd.grad(total, leaves, retain_graph=True)
+    return dict(zip(handler.leaves, slopes, strict=True))
+
+
+def _per_row(node: Any, batch: Sequence[Tensor]) -> list[Tensor]:
+    """Return the floating arguments that have a row for each of a site's, as matrices."""
+    shape = node["fn"].batch_shape
+    rows = shape[-1] if shape else 1
+    return [v.reshape(len(v), -1) for v in batch if v.is_floating_point() and len(v) == rows]
+
+
+def _mask(node: Any) -> Tensor | None:
+    """Return what the draws of a site are multiplied by, for its batch and event; None for 1."""
+    if node["mask"] is None or node["mask"] is True:
+        return None
+    shape, value = node["fn"].batch_shape, node["value"]
+    mask = torch.as_tensor(node["mask"], device=value.device, dtype=value.dtype).expand(shape)
+    return mask.reshape(*shape, *(1,) * node["fn"].event_dim)
+
+
+def _kind(fn: Any) -> str:
+    return type(_base(fn)).__name__
 
 
 def _key(site: str) -> str:
@@ -480,5 +814,5 @@ def _replaced(made: Any, **fields: Any) -> Any:
 
 #: All estimators by score, in the order of their age.
 SCORES: tuple[Callable[[], Score], ...] = (
-    Reinforce, RunningAverage, NVIL, LeaveOneOut, ARM, DisARM,
+    Reinforce, RunningAverage, NVIL, REBAR, RELAX, LeaveOneOut, ARM, DisARM, Enumerate,
 )  # fmt: skip

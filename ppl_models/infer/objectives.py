@@ -33,6 +33,7 @@ from ppl_models.infer.gradients import (
     SCORES,
     Detached,
     DReG,
+    Enumerate,
     Path,
     Reinforce,
     Run,
@@ -283,6 +284,22 @@ class ELBO(Bound):
         if not isinstance(self.kl_weight, Tensor) and not self.kl_weight >= 0.0:
             raise ValueError(f"ELBO: kl_weight must be at least 0, got {self.kl_weight}.")
 
+    def _check(self, pair: Pair, scored: Mapping[str, Any], model: Any, guide: Any) -> None:
+        super()._check(pair, scored, model, guide)
+        if not isinstance(self.score, Enumerate):
+            return
+        by_row = _rows_of(pair, self.plate) is not None
+        allowed = {self.plate} if by_row else set()
+        for site, node in scored.items():
+            if other := {f.name for f in node["cond_indep_stack"]} - allowed:
+                raise ValueError(
+                    f"ELBO: score={self.score!r} goes through the joint states of a row if all sites "
+                    f"are in plate '{self.plate}' and in no other, or of latents that all rows "
+                    f"share; site '{site}' is in {sorted(other)}. Let the guide leave it out and mark "
+                    "it for enumeration, with objective=pyro.infer.TraceEnum_ELBO(); or use "
+                    "score=LeaveOneOut()."
+                )
+
     def __call__(
         self, model: Callable[..., Any], guide: Callable[..., Any], *batch: Tensor
     ) -> tuple[Tensor, Tensor]:
@@ -298,6 +315,8 @@ class ELBO(Bound):
         """Return surrogate and bound of one run: means over its particles."""
         pair.model.compute_log_prob()
         pair.guide.compute_score_parts()
+        if isinstance(self.score, Enumerate):
+            return self._summed(pair)
         latents = dict(_latents(pair))
         divergences = _analytic_divergences(pair) if self.analytic_kl else {}
         surrogate, bound = torch.zeros(()), torch.zeros(())
@@ -309,21 +328,47 @@ class ELBO(Bound):
                     continue
                 value = -divergences[name]
             weighted = self.kl_weight * value if name in latents else value
-            bound = bound + value.detach().sum()
-            terms.append(Term(f"{half}.{name}", node["cond_indep_stack"], weighted.detach()))
+            bound = bound + self._counted(node, value).detach().sum()
+            terms.append(Term(f"{half}.{name}", node["cond_indep_stack"], weighted))
             if half == "model":
-                surrogate = surrogate + weighted.sum()
+                surrogate = surrogate + self._counted(node, weighted).sum()
             elif not (self._is_everywhere or is_identically_zero(node["score_parts"].entropy_term)):
                 # log q where the draw carries its gradient; not where it does not, since the score
                 # has mean zero.
-                surrogate = surrogate - (self.kl_weight * node["score_parts"].entropy_term).sum()
-        many = pair.particles or 1
+                own = self.kl_weight * node["score_parts"].entropy_term
+                surrogate = surrogate - self._counted(node, own).sum()
+        many = (pair.particles or 1) // self.runs * self._draws
         surrogate, bound = surrogate / many, bound / many
         run = Run(pair, terms, self.depends, many, batch)
         for name, node in latents.items():
             if self._is_scored(node):
                 surrogate = surrogate + (self.score or Reinforce()).surrogate(run, name)
         return surrogate, bound
+
+    def _summed(self, pair: Pair) -> tuple[Tensor, Tensor]:
+        """Return surrogate and bound of a run over all states: the sum, which is both."""
+        weights, scale = row_weights(pair, self.plate)
+        rows = _rows_of(pair, self.plate)
+        latents = dict(_latents(pair))
+        scored = [node for node in latents.values() if self._is_scored(node)]
+        shares = _row_sum(pair, scored, rows, masked=False).exp()
+        bound = (scale * shares * weights).sum().detach()
+        of_latents = [n for h, name, n in _nodes(pair) if h == "model" and name in latents]
+        prior = _row_sum(pair, of_latents, rows) - _row_sum(pair, latents.values(), rows)
+        weighted = weights + (self.kl_weight - 1.0) * prior
+        return (scale * shares * weighted).sum() / self.particles, bound / self.particles
+
+    @property
+    def _draws(self) -> int:
+        """How many of the runs of a draw are draws of the guide."""
+        return self.runs if self.score is None else self.score.counted(self.runs)
+
+    def _counted(self, node: Any, value: Tensor) -> Tensor:
+        """Return what belongs to draws of the guide."""
+        if self._draws == self.runs:
+            return value
+        axis = value.ndim + _dims(node)[PARTICLES]
+        return value.unflatten(axis, (-1, self.runs)).narrow(axis + 1, 0, self._draws)
 
     def _along_the_path(self, model: Any, guide: Any, *batch: Tensor) -> tuple[Tensor, Tensor]:
         """Return surrogate and bound; log q is differentiated by the draws alone."""
@@ -637,11 +682,12 @@ def _rows_of(pair: Pair, plate: str) -> str | None:
     return plate if all(plate in _dims(node) for _, _, node in _nodes(pair)) else None
 
 
-def _row_sum(pair: Pair, nodes: Iterable[Any], plate: str | None) -> Tensor:
-    """Sum log densities, masked and not scaled, over all but particles and rows: (K, N), or (K, 1)."""
+def _row_sum(pair: Pair, nodes: Iterable[Any], plate: str | None, *, masked: bool = True) -> Tensor:
+    """Sum log densities, not scaled, over all but particles and rows: (K, N), or (K, 1)."""
     total: Tensor | float = 0.0
     for node in nodes:
-        value = scale_and_mask(node["unscaled_log_prob"], 1.0, node["mask"])
+        mask = node["mask"] if masked else None
+        value = scale_and_mask(node["unscaled_log_prob"], 1.0, mask)
         dims = _dims(node)
         total = total + keep(value, dims.get(PARTICLES), dims[plate] if plate else None)
     assert isinstance(total, Tensor)
