@@ -200,9 +200,9 @@ class SmoothBernoulli(dist.Bernoulli):
         super().__init__(logits=logits, validate_args=False)
         self.temperature, self.rounds = temperature, rounds
 
-    def rsample(self, sample_shape: Any = Size()) -> Tensor:
+    def rsample(self, sample_shape: Any = ()) -> Tensor:
         """Draw, along a path."""
-        logits = self.logits.expand(self._extended_shape(sample_shape))
+        logits = self.logits.expand(self._extended_shape(Size(sample_shape)))
         u = torch.rand_like(logits).clamp(min=torch.finfo(logits.dtype).tiny)
         z = logits + torch.log(u) - torch.log1p(-u)
         smooth = torch.sigmoid(z / self.temperature)

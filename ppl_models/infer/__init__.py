@@ -1,7 +1,9 @@
 """Inference: objectives and SVI, samplers and posteriors."""
 
+from ppl_models.infer.mcmc.gibbs import GibbsWithGradients
+from ppl_models.infer.mcmc.nuts import NUTS
 from ppl_models.infer.mcmc.posterior import Posterior
-from ppl_models.infer.mcmc.run import NUTS, sample
+from ppl_models.infer.mcmc.run import sample
 from ppl_models.infer.objectives import ELBO, IWAE, VIMCO, ReweightedWakeSleep
 from ppl_models.infer.svi import Fit, fit
 
@@ -11,6 +13,7 @@ __all__ = [
     "NUTS",
     "VIMCO",
     "Fit",
+    "GibbsWithGradients",
     "Posterior",
     "ReweightedWakeSleep",
     "fit",

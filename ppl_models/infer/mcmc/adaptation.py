@@ -20,6 +20,7 @@ from ppl_models.infer.mcmc.hashing import Stream, normals
 
 if TYPE_CHECKING:
     from ppl_models.infer.mcmc.engine import Draws, Engine, Watch
+    from ppl_models.infer.mcmc.gibbs import Gibbs
 
 POOLED = 16  # chains of a target, from which on they are one group
 ROUNDS = 5  # of the last window, after which a shared step is moved
@@ -72,7 +73,7 @@ def windows(warmup: int) -> list[Window]:
 
 
 def warm_up(
-    engine: Engine,
+    engine: Engine | Gibbs,
     groups: Tensor,
     parts: list[Window],
     watch: Watch,
@@ -125,7 +126,7 @@ def warm_up(
         if known:
             after(made, draws)
         source = None
-        if shares and number < len(parts) - 1:
+        if shares and engine.relocates and number < len(parts) - 1:
             source = companions(draws, int(groups.max()) + 1)
             engine.start_again(source)
         if window.learns:

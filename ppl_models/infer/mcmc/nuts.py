@@ -18,6 +18,7 @@ Sources:
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -28,6 +29,32 @@ from ppl_models.infer.mcmc.hashing import Stream, normals, uniforms
 DIVERGENCE = 1000.0  # loss of energy, in nats, at which a trajectory is given up
 
 LogDensity = Callable[[Tensor], tuple[Tensor, Tensor]]  # (D, C) to (C,) and (D, C)
+
+
+@dataclass(frozen=True)
+class NUTS:
+    """The no-U-turn sampler, all chains at once.
+
+    Arguments:
+        target_accept: Acceptance probability that step sizes are adapted to.
+        max_depth: A trajectory has at most `2 ** max_depth - 1` leapfrog steps.
+        dense: Adapt a full metric, not only a scale of each coordinate.
+        float32: Keep positions and energies in single precision.
+
+    Source:
+        Hoffman & Gelman (2014). https://jmlr.org/papers/v15/hoffman14a.html
+    """
+
+    target_accept: float = 0.8
+    max_depth: int = 10
+    dense: bool = False
+    float32: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.target_accept < 1.0:
+            raise ValueError(f"NUTS: target_accept must be in (0, 1), got {self.target_accept}.")
+        if not 1 <= self.max_depth <= 20:
+            raise ValueError(f"NUTS: max_depth must be from 1 to 20, got {self.max_depth}.")
 
 
 class Trajectory(NamedTuple):
@@ -216,7 +243,7 @@ def tick(
     return (
         after,
         stream._replace(tick=stream.tick + 1),
-        Record(*(_put(old, slot, new) for old, new in zip(record, written, strict=True))),
+        Record(*(put(old, slot, new) for old, new in zip(record, written, strict=True))),
         _tuned(tuning, rate, is_asked),
     )
 
@@ -260,17 +287,17 @@ def _turns_within(s: Trajectory, r: Tensor, sub_rho: Tensor) -> tuple[Tensor, di
     slot = torch.where(is_odd, float(len(bits)), level)
     place = slot.to(torch.int64)
     marks = {
-        "even_r": _put(s.even_r, place, r),
-        "even_rho": _put(s.even_rho, place, sub_rho - r),
+        "even_r": put(s.even_r, place, r),
+        "even_rho": put(s.even_rho, place, sub_rho - r),
         "even_dot": torch.where(levels == slot, (r * r).sum(0), even_dot),
-        "odd_r": _put(s.odd_r, place, s.r),
-        "odd_rho": _put(s.odd_rho, place, sub_rho - r - s.r),
+        "odd_r": put(s.odd_r, place, s.r),
+        "odd_rho": put(s.odd_rho, place, sub_rho - r - s.r),
         "odd_dot": torch.where(levels == slot, (s.r * (s.r + r)).sum(0), odd_dot),
     }
     return turns.to(r.dtype).amax(0) > 0.0, marks
 
 
-def _put(slots: Tensor, slot: Tensor, value: Tensor) -> Tensor:
+def put(slots: Tensor, slot: Tensor, value: Tensor) -> Tensor:
     """Put a value (..., C), in place, into one slot of each chain of slots (K, ..., C)."""
     chains = torch.arange(value.shape[-1], device=value.device)
     if value.ndim == 1:

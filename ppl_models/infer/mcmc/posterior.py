@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import product
 from typing import TYPE_CHECKING, Any
@@ -48,6 +48,7 @@ class Posterior(Mapping[str, Tensor]):
         interrupted: Whether these are the draws that were there when sampling was stopped.
         compiled: Which rung sampling ran on, and why no higher one.
         row_axis: Dimension of the rows in the draws of a site, where it is not the third.
+        discrete: Sites whose values are discrete: that they stay is no sign of a stuck chain.
 
     Raises:
         ValueError: If the sites disagree on chains and draws, or a statistic has another shape.
@@ -79,6 +80,7 @@ class Posterior(Mapping[str, Tensor]):
         restarted: int = 0,
         compiled: str = "",
         row_axis: Mapping[str, int] | None = None,
+        discrete: Collection[str] = (),
     ) -> None:
         shapes = {name: tuple(value.shape[:2]) for name, value in draws.items()}
         if not shapes or len(set(shapes.values())) > 1:
@@ -108,6 +110,7 @@ class Posterior(Mapping[str, Tensor]):
         self.compiled = compiled
         self.rows = self._check_statistics()
         self._row_axis = dict(row_axis or {})
+        self._discrete = frozenset(discrete)
 
     def _check_statistics(self) -> int | None:
         """Check the shapes of the statistics: how many rows were targets of their own, or None."""
@@ -202,7 +205,11 @@ class Posterior(Mapping[str, Tensor]):
         With rows that were targets of their own, shape (chains, N). They are kept in the draws.
         """
         shape = (self.chains,) if self.rows is None else (self.chains, self.rows)
-        continuous = {name: v for name, v in self.items() if v.is_floating_point() and v.numel()}
+        continuous = {
+            name: v
+            for name, v in self.items()
+            if v.is_floating_point() and v.numel() and name not in self._discrete
+        }
         if not continuous or self.draws < 2:
             return torch.zeros(shape, dtype=torch.bool)
         moved = torch.zeros(())

@@ -23,47 +23,25 @@ from ppl_models.core.types import Batch
 from ppl_models.infer.mcmc.adaptation import groups_of, warm_up, windows
 from ppl_models.infer.mcmc.density import Density, density_of
 from ppl_models.infer.mcmc.engine import PART, Draws, Engine
+from ppl_models.infer.mcmc.gibbs import Gibbs, GibbsWithGradients
+from ppl_models.infer.mcmc.nuts import NUTS
 from ppl_models.infer.mcmc.posterior import Posterior
 from ppl_models.infer.mcmc.start import anywhere, at_guide
+from ppl_models.infer.mcmc.transform import is_binary
 from ppl_models.infer.progress import progress_bar
 
 Compile = bool | Literal["now"]
+Sampler = NUTS | GibbsWithGradients
 
 NUMBERS = 2**27  # that the chains of rows that are sampled together may hold
 TREE = 8  # leapfrog steps of a transition, as expected
 LEAPFROGS, TICKS = 20_000, 4_000  # expected of all chains, and of each: below, nothing is compiled
 
 
-@dataclass(frozen=True)
-class NUTS:
-    """The no-U-turn sampler, all chains at once.
-
-    Arguments:
-        target_accept: Acceptance probability that step sizes are adapted to.
-        max_depth: A trajectory has at most `2 ** max_depth - 1` leapfrog steps.
-        dense: Adapt a full metric, not only a scale of each coordinate.
-        float32: Keep positions and energies in single precision.
-
-    Source:
-        Hoffman & Gelman (2014). https://jmlr.org/papers/v15/hoffman14a.html
-    """
-
-    target_accept: float = 0.8
-    max_depth: int = 10
-    dense: bool = False
-    float32: bool = False
-
-    def __post_init__(self) -> None:
-        if not 0.0 < self.target_accept < 1.0:
-            raise ValueError(f"NUTS: target_accept must be in (0, 1), got {self.target_accept}.")
-        if not 1 <= self.max_depth <= 20:
-            raise ValueError(f"NUTS: max_depth must be from 1 to 20, got {self.max_depth}.")
-
-
 def sample(
     model: Callable[..., Any],
     *batch: Any,
-    sampler: NUTS | None = None,
+    sampler: Sampler | None = None,
     chains: int = 4,
     draws: int = 1000,
     warmup: int = 1000,
@@ -83,7 +61,7 @@ def sample(
     Arguments:
         model: Any Pyro model with continuous latents. Discrete ones must be marked for enumeration.
         batch: The data that it is conditioned on; nothing for a model without arguments.
-        sampler: By default `NUTS()`.
+        sampler: By default `NUTS()`; for binary latents `GibbsWithGradients()`.
         chains: Independent chains. From 16 on they learn step size and metric together.
         draws: Draws kept from each chain.
         warmup: Transitions before that, for adaptation.
@@ -123,8 +101,11 @@ def sample(
     check_programs("sample", model=model, **({} if init is None else {"init": init}))
     if compile not in (True, False, "now"):
         raise ValueError(f"sample: compile must be True, False or 'now', got {compile!r}.")
-    if not isinstance(sampler, NUTS | None):
-        raise ValueError(f"sample: sampler must be an instance such as NUTS(), got {sampler!r}.")
+    if not isinstance(sampler, Sampler | None):
+        raise ValueError(
+            "sample: sampler must be an instance such as NUTS() or GibbsWithGradients(), got "
+            f"{sampler!r}."
+        )
     place = check_device(device)
     arguments = as_batch(batch, model, device=place)
     start = time.perf_counter()
@@ -138,7 +119,7 @@ def sample(
     ):
         size = len(arguments[0]) if arguments else 1
         table = check_model(model, arguments, plate=plate, rows=size)
-        _check_latents(model, table, rows=rows)
+        _check_latents(model, table, sampler, rows=rows)
         task = _Task(
             sampler=NUTS() if sampler is None else sampler,
             chains=chains,
@@ -163,7 +144,7 @@ def sample(
             for number, first in enumerate(firsts):
                 part = tuple(value[first : first + at_once] for value in arguments)
                 density = density_of(
-                    model, part, table, rows=rows, plate=plate, double=not task.sampler.float32
+                    model, part, table, rows=rows, plate=plate, double=not task.nuts.float32
                 )
                 before = number * (warmup + draws)
                 outcome = task.run(
@@ -176,7 +157,8 @@ def sample(
                 outcomes.append(outcome.without(known, axes) if known else outcome)
                 if outcome.interrupted and number < len(firsts) - 1:
                     raise KeyboardInterrupt  # the other rows have no draws yet
-    return _posterior(outcomes, axes, task, seconds=time.perf_counter() - start)
+    discrete = [site.name for site in table.latents if site.discrete]
+    return _posterior(outcomes, axes, discrete, task, seconds=time.perf_counter() - start)
 
 
 @dataclass(frozen=True)
@@ -188,7 +170,7 @@ class _Outcome:
 
     values: dict[str, Tensor]
     statistics: dict[str, Tensor]
-    step_size: Tensor  # (chains,) or (chains, rows)
+    step_size: Tensor | None  # (chains,) or (chains, rows)
     rung: str
     interrupted: bool
     restarted: int
@@ -204,7 +186,7 @@ class _Outcome:
                 for name, value in self.values.items()
             },
             statistics={name: value[..., rows:] for name, value in self.statistics.items()},
-            step_size=self.step_size[..., rows:],
+            step_size=None if self.step_size is None else self.step_size[..., rows:],
         )
 
 
@@ -212,13 +194,18 @@ class _Outcome:
 class _Task:
     """What is asked for, of the joint posterior or of some rows."""
 
-    sampler: NUTS
+    sampler: Sampler
     chains: int
     draws: int
     warmup: int
     seed: int
     compile: Compile
     init: Callable[..., Any] | None
+
+    @property
+    def nuts(self) -> NUTS:
+        """What moves continuous latents."""
+        return self.sampler if isinstance(self.sampler, NUTS) else self.sampler.nuts
 
     def run(
         self,
@@ -239,17 +226,9 @@ class _Task:
             positions = anywhere(density, ids, self.seed)
         else:
             positions, first_metric = at_guide(density, self.init, batch, self.chains, self.seed)
-        engine = Engine(
-            density,
-            positions,
-            seed=self.seed,
-            ids=ids,
-            depth=self.sampler.max_depth,
-            target=self.sampler.target_accept,
-            slots=max(self.draws, *(window.transitions for window in windows(self.warmup)), 1),
-            dense=self.sampler.dense,
-        )
-        if self._compiles(TREE, 0, len(ids)):
+        slots = max(self.draws, *(window.transitions for window in windows(self.warmup)), 1)
+        engine, expected = self._engine(density, positions, ids, slots)
+        if self._compiles(expected, 0, len(ids)):
             engine.compile(lambda: _waited(report, 0))
         groups = groups_of(self.chains, targets, device)
         if first_metric is not None:
@@ -265,7 +244,10 @@ class _Task:
                 engine.compile(lambda: _waited(report, made))
 
         ready = time.perf_counter()
-        if not warm_up(engine, groups, windows(self.warmup), watch, look_again):
+        if bool(density.binary.all()):  # nothing to adapt
+            if len(engine.run(self.warmup, adapts=False, watch=watch)) < self.warmup:
+                raise KeyboardInterrupt
+        elif not warm_up(engine, groups, windows(self.warmup), watch, look_again):
             raise KeyboardInterrupt
         warm = time.perf_counter()
         draws = engine.run(self.draws, adapts=False, watch=lambda made: watch(self.warmup + made))
@@ -277,18 +259,18 @@ class _Task:
             value = value.unflatten(0, (self.chains, targets))
             return value.squeeze(1) if first_row is None else value.transpose(1, 2)
 
-        step = engine.tuning.step.clone().unflatten(0, (self.chains, targets))
-        statistics = {
-            "accept": draws.accept,
-            "divergent": draws.divergent,
-            "depth": draws.depth,
-            "leapfrogs": draws.leaves,
-            "energy": draws.energy,
-        }
+        statistics = {"accept": draws.accept, "divergent": draws.divergent}
+        step = None
+        if not bool(density.binary.all()):
+            step = engine.tuning.step.clone().unflatten(0, (self.chains, targets))
+            step = step.squeeze(1) if first_row is None else step
+            statistics["depth"] = draws.depth
+        if isinstance(engine, Engine):
+            statistics |= {"leapfrogs": draws.leaves, "energy": draws.energy}
         return _Outcome(
             density.constrain(shaped(draws.u)),
             {name: shaped(value) for name, value in statistics.items()},
-            step.squeeze(1) if first_row is None else step,
+            step,
             engine.rung
             if density.reason is None
             else f"{engine.rung}; one by one: {density.reason}",
@@ -297,6 +279,27 @@ class _Task:
             warmup_seconds=warm - ready,
             sampling_seconds=end - warm,
         )
+
+    def _engine(
+        self, density: Density, positions: Tensor, ids: Tensor, slots: int
+    ) -> tuple[Engine | Gibbs, float]:
+        """Return the chains, and how many ticks a transition is expected to take."""
+        if isinstance(self.sampler, GibbsWithGradients):
+            chains = Gibbs(
+                density, positions, sampler=self.sampler, seed=self.seed, ids=ids, slots=slots
+            )
+            return chains, chains.flips
+        engine = Engine(
+            density,
+            positions,
+            seed=self.seed,
+            ids=ids,
+            depth=self.sampler.max_depth,
+            target=self.sampler.target_accept,
+            slots=slots,
+            dense=self.sampler.dense,
+        )
+        return engine, TREE
 
     def _compiles(self, leaves: float, made: int, columns: int) -> bool:
         """Whether the compiler pays, given the leapfrog steps of a transition and how many are made."""
@@ -313,7 +316,11 @@ def _waited(report: Callable[[int, str], None], made: int) -> bool:
 
 
 def _posterior(
-    outcomes: list[_Outcome], axes: dict[str, int], task: _Task, seconds: float
+    outcomes: list[_Outcome],
+    axes: dict[str, int],
+    discrete: list[str],
+    task: _Task,
+    seconds: float,
 ) -> Posterior:
     """Put the rows together again."""
     first = outcomes[0]
@@ -326,19 +333,21 @@ def _posterior(
         statistics = {
             name: torch.cat([part.statistics[name] for part in outcomes], -1) for name in statistics
         }
-        step_size = torch.cat([part.step_size for part in outcomes], -1)
+        steps = [part.step_size for part in outcomes if part.step_size is not None]
+        step_size = torch.cat(steps, -1) if steps else None
     accept = statistics["accept"].double().flatten(1).mean(1)
     return Posterior(
         values,
         **{name: value for name, value in statistics.items() if name != "accept"},
         accept=accept,
         step_size=step_size,
-        max_depth=task.sampler.max_depth,
-        target_accept=task.sampler.target_accept,
+        max_depth=task.nuts.max_depth,
+        target_accept=task.nuts.target_accept,
         interrupted=first.interrupted,
         restarted=sum(part.restarted for part in outcomes),
         compiled=first.rung,
         row_axis=axes,
+        discrete=discrete,
         seconds=seconds,
         warmup_seconds=sum(part.warmup_seconds for part in outcomes),
         sampling_seconds=sum(part.sampling_seconds for part in outcomes),
@@ -350,7 +359,7 @@ def _rows_at_once(table: SiteTable, size: int, task: _Task) -> int:
     """How many rows can be sampled together: as many in each part, but for a few in the last."""
     numbers = sum(site.value.numel() for site in table) / size
     latents = sum(site.value.numel() for site in table.latents) / size
-    column = 8 * numbers + (20 + 4 * task.sampler.max_depth + PART) * latents
+    column = 8 * numbers + (20 + 4 * task.nuts.max_depth + PART) * latents
     most = max(1, int(NUMBERS / (column * task.chains)))
     return -(-size // -(-size // most))
 
@@ -370,7 +379,9 @@ def _check_memory(table: SiteTable, draws: int) -> None:
 
 
 def _instead(site: Site) -> str:
-    """What to do with a discrete latent."""
+    """What to do with a discrete latent that NUTS cannot sample."""
+    if is_binary(site.fn):
+        return "Use sampler=GibbsWithGradients(), which flips binary latents."
     if isinstance(site.fn, Independent):
         return (
             "Pyro does not sum over all states of several elements at once: fit a guide instead, "
@@ -383,19 +394,32 @@ def _instead(site: Site) -> str:
     )
 
 
-def _check_latents(model: Callable[..., Any], table: SiteTable, *, rows: bool) -> None:
+def _check_latents(
+    model: Callable[..., Any], table: SiteTable, sampler: Sampler | None, *, rows: bool
+) -> None:
     name = describe_program(model)
     if not table.latents:
         raise ValueError(
             f"sample: {name} has no latent left to sample; its sites are "
             f"{[site.name for site in table]}, all observed or enumerated."
         )
+    flips = isinstance(sampler, GibbsWithGradients)
     for site in table.latents:
-        if site.discrete:
+        if site.discrete and not (flips and is_binary(site.fn)):
+            what = (
+                "GibbsWithGradients needs binary or continuous"
+                if flips
+                else "NUTS needs continuous"
+            )
             raise ValueError(
-                f"sample: NUTS needs continuous latents, but site '{site.name}' is discrete "
+                f"sample: {what} latents, but site '{site.name}' is discrete "
                 f"({describe(site.support)}). {_instead(site)}"
             )
+    if flips and not any(site.discrete for site in table.latents):
+        raise ValueError(
+            f"sample: GibbsWithGradients flips binary latents, and {name} has none: its latents are "
+            f"{[site.name for site in table.latents]}. Use sampler=NUTS()."
+        )
     if rows and not table.row_wise:
         raise ValueError(
             f"sample: rows=True needs a model with a plate over rows, but no site of {name} is "

@@ -19,7 +19,7 @@ FIRST_DRAWS = 100  # of a guide, for the first metric
 
 
 def anywhere(density: Density, ids: Tensor, seed: int) -> Tensor:
-    """Return uniform draws from (-2, 2) at which the density is finite, shape (D, C).
+    """Return uniform draws from (-2, 2), and units tossed, at which the density is finite, shape (D, C).
 
     Arguments:
         density: The target.
@@ -34,7 +34,10 @@ def anywhere(density: Density, ids: Tensor, seed: int) -> Tensor:
     lost = torch.ones_like(ids, dtype=torch.bool)
     for attempt in range(TRIES):
         drawn = uniforms(start._replace(tick=start.tick + attempt), density.dim).to(u.dtype)
-        u = torch.where(lost, 4.0 * drawn - 2.0, u)
+        fresh = torch.where(
+            density.binary.unsqueeze(1), (drawn < 0.5).to(u.dtype), 4.0 * drawn - 2.0
+        )
+        u = torch.where(lost, fresh, u)
         lost = _is_lost(density, u)
         if not bool(lost.any()):
             return u

@@ -13,7 +13,7 @@ from pyro.poutine.enum_messenger import EnumMessenger
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
-from torch.distributions import Transform, biject_to, constraints
+from torch.distributions import Transform, biject_to, constraints, identity_transform
 from torch.overrides import TorchFunctionMode
 
 from ppl_models.core.sites import SiteTable, base_support, describe
@@ -30,6 +30,7 @@ class Part:
     shape: torch.Size
     axis: int | None  # of the plate over rows in a value, from the right
     dtype: torch.dtype
+    binary: bool  # whether the numbers are zeros and ones
 
 
 class Bijection(Messenger):
@@ -169,11 +170,20 @@ def layout(table: SiteTable) -> dict[str, Part]:
         free = torch.Size(_bijection(site.name, site.fn).inverse_shape(shape))
         start, stop = stop, stop + math.prod(free)
         axis = None if site.data_dim is None else site.data_dim - len(site.event_shape)
-        parts[site.name] = Part(site.name, slice(start, stop), free, shape, axis, site.value.dtype)
+        parts[site.name] = Part(
+            site.name, slice(start, stop), free, shape, axis, site.value.dtype, is_binary(site.fn)
+        )
     return parts
 
 
+def is_binary(fn: Distribution) -> bool:
+    """Whether the elements of a site are zeros and ones: they are their own coordinates."""
+    return base_support(fn.support)[0] is constraints.boolean
+
+
 def _bijection(name: str, fn: Distribution) -> Transform:
+    if is_binary(fn):
+        return identity_transform
     try:
         return biject_to(fn.support)
     except NotImplementedError:

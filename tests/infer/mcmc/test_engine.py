@@ -17,7 +17,7 @@ from torch.testing import assert_close
 from guides import Amortized, Exact
 from ppl_models import PPCA, VAE
 from ppl_models.infer import NUTS, Posterior, backend, sample
-from ppl_models.infer.mcmc import engine, run
+from ppl_models.infer.mcmc import engine, loop, run
 
 
 def schools() -> None:
@@ -319,7 +319,7 @@ def test_draws_that_do_not_fit_into_memory_are_refused_at_once() -> None:
 def test_ctrl_c_keeps_the_draws_so_far(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = of(schools, draws=300, warmup=20)
     calls = 0
-    is_done = engine.Engine._is_done
+    is_done = loop.Loop.is_done
 
     def interrupted(self: engine.Engine) -> bool:
         nonlocal calls
@@ -328,7 +328,7 @@ def test_ctrl_c_keeps_the_draws_so_far(monkeypatch: pytest.MonkeyPatch) -> None:
             raise KeyboardInterrupt
         return is_done(self)
 
-    monkeypatch.setattr(engine.Engine, "_is_done", interrupted)
+    monkeypatch.setattr(loop.Loop, "is_done", interrupted)
     part = of(schools, draws=300, warmup=20)
     assert part.interrupted
     assert 10 < part.draws < 300
@@ -340,7 +340,7 @@ def test_ctrl_c_before_any_draw_is_ctrl_c(monkeypatch: pytest.MonkeyPatch) -> No
     def interrupted(self: engine.Engine) -> bool:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(engine.Engine, "_is_done", interrupted)
+    monkeypatch.setattr(loop.Loop, "is_done", interrupted)
     with pytest.raises(KeyboardInterrupt):
         of(schools)
 

@@ -1,0 +1,192 @@
+"""Gibbs with gradients, against sums over all states of the binary latents."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import Tensor
+
+from guides import Amortized
+from ppl_models import SigmoidBeliefNetwork
+from ppl_models.infer import NUTS, GibbsWithGradients, Posterior, sample
+from ppl_models.infer.mcmc.gibbs import State, flip
+from ppl_models.infer.mcmc.hashing import streams
+
+WIDE = 4.5  # standard errors: of some tens of numbers
+
+
+def network() -> tuple[SigmoidBeliefNetwork, Tensor]:
+    torch.manual_seed(1)
+    model = SigmoidBeliefNetwork(5, (3, 2))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_()
+    return model, model(size=4).detach()
+
+
+def states(units: int) -> Tensor:
+    return torch.tensor(list(itertools.product([0.0, 1.0], repeat=units)), dtype=torch.float64)
+
+
+def exact_means(model: SigmoidBeliefNetwork, x: Tensor) -> Tensor:
+    """Posterior means of all units, shape (rows, units)."""
+    both = states(sum(model.latent_dims))
+    h1, h2 = both.split(model.latent_dims, 1)
+    prior = model.prior().log_prob(h2) + model.conditional(1, h2).log_prob(h1)
+    joint = prior.unsqueeze(1) + model.likelihood(h1.unsqueeze(1)).log_prob(x)
+    return torch.softmax(joint.detach().double(), 0).T @ both
+
+
+def units_of(found: dict[str, Tensor]) -> Tensor:
+    return torch.cat([found["h1"], found["h2"]], -1).double()
+
+
+def test_units_of_each_row_have_their_posterior_means() -> None:
+    model, x = network()
+    found = sample(
+        model, x, sampler=GibbsWithGradients(), rows=True, chains=32, draws=400, warmup=50,
+        seed=0, progress=False,
+    )  # fmt: skip
+    assert found["h1"].shape == (32, 400, 4, 3)
+    gap = (units_of(found.mean()) - exact_means(model, x)) / units_of(found.mcse())
+    assert gap.abs().max() < WIDE
+    assert set(torch.cat([found["h1"].unique(), found["h2"].unique()]).tolist()) == {0.0, 1.0}
+    assert not found.stuck.any()
+    assert units_of(found.rhat()).max() < 1.01
+    assert found.energy is None
+    assert found.step_size is None
+    assert "divergences" in str(found)
+
+
+def test_all_rows_are_one_target_too() -> None:
+    model, x = network()
+    found = sample(
+        model, x, sampler=GibbsWithGradients(), chains=32, draws=400, warmup=50, seed=0,
+        progress=False,
+    )  # fmt: skip
+    gap = (units_of(found.mean()) - exact_means(model, x)) / units_of(found.mcse())
+    assert gap.abs().max() < WIDE
+
+
+def test_a_million_chains_that_are_there_stay_there() -> None:
+    """Flips leave a distribution over eight states as it is, whatever the gradient claims."""
+    torch.manual_seed(0)
+    table = torch.randn(8, dtype=torch.float64)
+    weights = torch.tensor([4.0, 2.0, 1.0], dtype=torch.float64)
+    slopes = torch.randn(3, 8, dtype=torch.float64)
+
+    def log_density(w: Tensor) -> tuple[Tensor, Tensor]:
+        code = (weights @ w).long()
+        return table[code], slopes[:, code]
+
+    chains = 1_000_000
+    truth = torch.softmax(table, 0)
+    start = torch.multinomial(truth, chains, replacement=True)
+    w = states(3)[start].T.contiguous()
+    zero = torch.zeros(chains, dtype=torch.float64)
+    state, stream = State(w, *log_density(w), zero, zero), streams(1, torch.arange(chains))
+    binary = torch.ones(3, 1, dtype=torch.bool)
+    for _ in range(2):
+        state, stream = flip(state, stream, log_density, binary)
+    share = torch.bincount((weights @ state.w).long(), minlength=8) / chains
+    error = torch.sqrt(truth * (1 - truth) / chains)
+    assert ((share - truth) / error).abs().max() < WIDE
+    assert (state.w != w).any(0).double().mean() > 0.1
+
+
+OBSERVED = torch.tensor([0.1, 2.2, 2.0, -0.3, 0.2, 1.9], dtype=torch.float64)
+
+
+def mixture(y: Tensor) -> None:
+    loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(y)):
+        high = pyro.sample("high", dist.Bernoulli(torch.full((), 0.4, dtype=y.dtype)))
+        pyro.sample("y", dist.Normal(loc + 2 * high, 0.7), obs=y)
+
+
+def exact_mixture() -> tuple[float, float, Tensor]:
+    """Mean and deviation of loc, and means of the units, on a grid."""
+    grid = torch.linspace(-5, 5, 20_001, dtype=torch.float64).unsqueeze(1)
+    one, zero = (
+        math.log(share) + dist.Normal(grid + shift, 0.7).log_prob(OBSERVED)
+        for share, shift in ((0.4, 2.0), (0.6, 0.0))
+    )
+    both = torch.logaddexp(one, zero)
+    weight = torch.softmax(both.sum(1) + dist.Normal(0.0, 1.0).log_prob(grid.squeeze(1)), 0)
+    mean = (weight @ grid).item()
+    deviation = math.sqrt((weight @ grid.square()).item() - mean**2)
+    return mean, deviation, weight @ (one - both).exp()
+
+
+@pytest.mark.parametrize("chains", [4, 32])
+def test_continuous_latents_are_moved_by_nuts_given_the_binary_ones(chains: int) -> None:
+    mean, deviation, units = exact_mixture()
+    found = sample(
+        mixture, OBSERVED, sampler=GibbsWithGradients(), chains=chains, draws=6400 // chains,
+        warmup=150, seed=0, progress=False,
+    )  # fmt: skip
+    assert abs(found["loc"].mean().item() - mean) < WIDE * found.mcse()["loc"].item()
+    assert found["loc"].std().item() == pytest.approx(deviation, rel=0.05)
+    gap = (found["high"].double().mean((0, 1)) - units) / found.mcse()["high"]
+    assert gap.abs().max() < WIDE
+    assert found.step_size is not None
+    assert found.step_size.shape == (chains,)
+    assert found.accept.mean() == pytest.approx(0.8, abs=0.15)
+    assert "one by one" not in found.compiled
+
+
+def same(one: Posterior, other: Posterior) -> None:
+    assert set(one) == set(other)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_the_same_seed_gives_the_same_draws_and_compiled_ones_are_right() -> None:
+    model, x = network()
+
+    def run(**options: Any) -> Posterior:
+        return sample(
+            model, x, sampler=GibbsWithGradients(), rows=True, draws=30, warmup=10, seed=3,
+            progress=False, **options,
+        )  # fmt: skip
+
+    first = run(chains=4, compile=False)
+    same(first, run(chains=4, compile=False))
+    same(first, run(chains=4, compile="now"))
+    assert torch.equal(first["h1"], run(chains=6, compile=False)["h1"][:4])
+
+
+def test_chains_start_at_a_guide() -> None:
+    model, x = network()
+    found = sample(
+        model, x, sampler=GibbsWithGradients(flips=1), rows=True, chains=2, draws=5, warmup=0,
+        init=Amortized(model, hidden=(3,)), seed=0, progress=False,
+    )  # fmt: skip
+    assert found["h2"].shape == (2, 5, 4, 2)
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    def categories(y: Tensor) -> None:
+        k = pyro.sample("k", dist.Categorical(torch.ones(3) / 3))
+        pyro.sample("y", dist.Normal(k.to(y.dtype), 1.0), obs=y)
+
+    y = torch.tensor(0.5)
+    with pytest.raises(ValueError, match=r"'k' is discrete.*Mark it to be summed out"):
+        sample(categories, y.reshape(1), sampler=GibbsWithGradients())
+    model, x = network()
+    with pytest.raises(ValueError, match=r"NUTS needs continuous.*GibbsWithGradients"):
+        sample(model, x)
+    with pytest.raises(ValueError, match=r"has none.*'z'.*NUTS"):
+        sample(lambda: pyro.sample("z", dist.Normal(0, 1)), sampler=GibbsWithGradients())
+    with pytest.raises(ValueError, match="flips must be at least 1, got 0"):
+        GibbsWithGradients(flips=0)
+    wrong: Any = NUTS
+    with pytest.raises(ValueError, match="nuts must be an instance"):
+        GibbsWithGradients(nuts=wrong)
+    with pytest.raises(ValueError, match=r"GibbsWithGradients\(\), got 'gibbs'"):
+        sample(model, x, sampler="gibbs")  # type: ignore[arg-type]
