@@ -126,9 +126,8 @@ def warm_up(
         if known:
             after(made, draws)
         source = None
-        if shares and engine.relocates and number < len(parts) - 1:
-            source = companions(draws, int(groups.max()) + 1)
-            engine.start_again(source)
+        if shares and number < len(parts) - 1:
+            source = engine.rescue(draws, int(groups.max()) + 1)
         if window.learns:
             known = True
             seen = draws.u if source is None else draws.u[source]

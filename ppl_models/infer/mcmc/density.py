@@ -30,6 +30,9 @@ from ppl_models.core.types import Batch
 from ppl_models.infer import backend, capture
 from ppl_models.infer.mcmc.transform import Bijection, Lenient, Part, Summed, layout, log_of_sum
 
+# Loops run along the last dimension. That is chains, but within wide sites for few of them, and for
+# models so large that what they are made of is.
+WIDE, FEW, LARGE = 32, 16, 100
 CHUNK = 2**22  # numbers at the sites of all targets that are transformed at once
 
 
@@ -69,6 +72,7 @@ class Density:
         self.binary = torch.zeros(self.dim, dtype=torch.bool, device=self.device)
         for part in self._parts.values():
             self.binary[part.span] = part.binary
+        self._wide = max(site.value.numel() for site in table) >= WIDE
         self._summed = any(site.enumerated for site in table)
         self._evaluator: TraceEinsumEvaluator | None = None
         self._given = self._batch = batch
@@ -171,7 +175,11 @@ class Density:
 
     def _at_once(self, u: Tensor) -> tuple[Tensor, Tensor]:
         one = torch.func.grad_and_value(self._log_density)
-        if not self._rows:
+        if not self._rows and self._wide and (u.shape[1] < FEW or self.dim >= LARGE):
+            chains = torch.func.vmap(lambda u: one(u, *self._batch), randomness="different")
+            grad, logp = chains(u.T.contiguous())
+            grad = grad.T
+        elif not self._rows:
             chains = torch.func.vmap(
                 lambda u: one(u, *self._batch), in_dims=-1, out_dims=(-1, 0), randomness="different"
             )

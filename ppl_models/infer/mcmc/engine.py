@@ -13,7 +13,7 @@ from torch import Tensor
 from ppl_models.core.random import stream as substream
 from ppl_models.infer.capture import Untraceable, record, recordable
 from ppl_models.infer.mcmc import nuts
-from ppl_models.infer.mcmc.adaptation import factors, find_step, scales
+from ppl_models.infer.mcmc.adaptation import companions, factors, find_step, scales
 from ppl_models.infer.mcmc.hashing import Stream, streams
 from ppl_models.infer.mcmc.loop import Loop
 from ppl_models.infer.mcmc.nuts import LogDensity, Record, Trajectory, Tuning
@@ -65,11 +65,8 @@ class Engine:
         dense: Whether the metric is a matrix.
 
     Attributes:
-        relocates: Whether chains astray may be told to start again elsewhere.
         restarted: How often a chain went on from the place of another one.
     """
-
-    relocates = True
 
     def __init__(
         self,
@@ -122,16 +119,22 @@ class Engine:
         found = scales(draws) if self._scale.ndim == 2 else factors(draws)
         self._scale.copy_(found.index_select(-1, groups))
 
-    def start_again(self, source: Tensor) -> None:
-        """Let each chain go on from the place, and with the step size, of one that is named.
+    def rescue(self, draws: Draws, groups: int) -> Tensor | None:
+        """Let chains astray go on from the places, and with the step sizes, of other ones.
 
         Arguments:
-            source: For each chain another one, or itself, shape (C,).
+            draws: What they did lately.
+            groups: How many groups of chains there are.
+
+        Returns:
+            For each chain the one that it goes on from, or itself, shape (C,).
         """
+        source = companions(draws, groups)
         own = torch.arange(len(source), device=source.device)
         self.restarted += int((source != own).sum())
         self._positions = self._positions[:, source]
         self.tuning.step.copy_(self.tuning.step[source])
+        return source
 
     def status(self) -> str:
         """Say how it goes, in a few words."""

@@ -4,13 +4,15 @@ Which unit is flipped is drawn from all of them, by what the gradient says each 
 flip is accepted as Metropolis and Hastings say, so that the draws are those of the posterior however
 good that guess is. Where a model has continuous latents too, each draw ends with a transition of
 NUTS, given the binary ones.
+
+Source:
+    Grathwohl, Swersky, Hashemi, Duvenaud & Maddison (2021). https://arxiv.org/abs/2102.04509
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -21,31 +23,8 @@ from ppl_models.infer.mcmc.density import Density
 from ppl_models.infer.mcmc.engine import NARROW, NUMBERS, PART, Draws, Engine, Watch, recorded
 from ppl_models.infer.mcmc.hashing import Stream, streams, uniforms
 from ppl_models.infer.mcmc.loop import Loop
-from ppl_models.infer.mcmc.nuts import NUTS, LogDensity, put
-
-
-@dataclass(frozen=True)
-class GibbsWithGradients:
-    """Flips binary latents by the gradient, all chains at once; NUTS moves continuous ones.
-
-    Arguments:
-        flips: Flips that are proposed for each draw, by default as many as a target has units.
-        nuts: What moves continuous latents, by a transition for each draw.
-
-    Source:
-        Grathwohl, Swersky, Hashemi, Duvenaud & Maddison (2021). https://arxiv.org/abs/2102.04509
-    """
-
-    flips: int | None = None
-    nuts: NUTS = NUTS()  # noqa: RUF009 - it is frozen
-
-    def __post_init__(self) -> None:
-        if self.flips is not None and self.flips < 1:
-            raise ValueError(f"GibbsWithGradients: flips must be at least 1, got {self.flips}.")
-        if not isinstance(self.nuts, NUTS):
-            raise ValueError(
-                f"GibbsWithGradients: nuts must be an instance such as NUTS(), got {self.nuts!r}."
-            )
+from ppl_models.infer.mcmc.nuts import LogDensity, put
+from ppl_models.infer.mcmc.samplers import GibbsWithGradients
 
 
 class State(NamedTuple):
@@ -124,7 +103,6 @@ class Gibbs:
         restarted: 0: chains stay where they are.
     """
 
-    relocates = False
     restarted = 0
 
     def __init__(
@@ -202,6 +180,9 @@ class Gibbs:
         if self.inner is not None:
             self._held.copy_(self._state.w)
             self.inner.find_step()
+
+    def rescue(self, draws: Draws, groups: int) -> None:
+        """Leave chains where they are: with other units, another place may be as good."""
 
     def status(self) -> str:
         """Say how it goes, in a few words."""

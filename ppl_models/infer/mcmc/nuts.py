@@ -18,7 +18,6 @@ Sources:
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -29,32 +28,6 @@ from ppl_models.infer.mcmc.hashing import Stream, normals, uniforms
 DIVERGENCE = 1000.0  # loss of energy, in nats, at which a trajectory is given up
 
 LogDensity = Callable[[Tensor], tuple[Tensor, Tensor]]  # (D, C) to (C,) and (D, C)
-
-
-@dataclass(frozen=True)
-class NUTS:
-    """The no-U-turn sampler, all chains at once.
-
-    Arguments:
-        target_accept: Acceptance probability that step sizes are adapted to.
-        max_depth: A trajectory has at most `2 ** max_depth - 1` leapfrog steps.
-        dense: Adapt a full metric, not only a scale of each coordinate.
-        float32: Keep positions and energies in single precision.
-
-    Source:
-        Hoffman & Gelman (2014). https://jmlr.org/papers/v15/hoffman14a.html
-    """
-
-    target_accept: float = 0.8
-    max_depth: int = 10
-    dense: bool = False
-    float32: bool = False
-
-    def __post_init__(self) -> None:
-        if not 0.0 < self.target_accept < 1.0:
-            raise ValueError(f"NUTS: target_accept must be in (0, 1), got {self.target_accept}.")
-        if not 1 <= self.max_depth <= 20:
-            raise ValueError(f"NUTS: max_depth must be from 1 to 20, got {self.max_depth}.")
 
 
 class Trajectory(NamedTuple):

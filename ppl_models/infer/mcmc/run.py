@@ -23,9 +23,9 @@ from ppl_models.core.types import Batch
 from ppl_models.infer.mcmc.adaptation import groups_of, warm_up, windows
 from ppl_models.infer.mcmc.density import Density, density_of
 from ppl_models.infer.mcmc.engine import PART, Draws, Engine
-from ppl_models.infer.mcmc.gibbs import Gibbs, GibbsWithGradients
-from ppl_models.infer.mcmc.nuts import NUTS
+from ppl_models.infer.mcmc.gibbs import Gibbs
 from ppl_models.infer.mcmc.posterior import Posterior
+from ppl_models.infer.mcmc.samplers import NUTS, GibbsWithGradients
 from ppl_models.infer.mcmc.start import anywhere, at_guide
 from ppl_models.infer.mcmc.transform import is_binary
 from ppl_models.infer.progress import progress_bar
@@ -380,15 +380,16 @@ def _check_memory(table: SiteTable, draws: int) -> None:
 
 def _instead(site: Site) -> str:
     """What to do with a discrete latent that NUTS cannot sample."""
-    if is_binary(site.fn):
-        return "Use sampler=GibbsWithGradients(), which flips binary latents."
+    flips = "Use sampler=GibbsWithGradients(), which flips binary latents. Or: " * is_binary(
+        site.fn
+    )
     if isinstance(site.fn, Independent):
-        return (
+        return flips + (
             "Pyro does not sum over all states of several elements at once: fit a guide instead, "
             "as in fit(..., objective=ELBO(2, score=LeaveOneOut())), or make each element a site "
             "of its own that is marked to be summed out."
         )
-    return (
+    return flips + (
         "Mark it to be summed out, pyro.sample(..., infer={'enumerate': 'parallel'}), or fit a "
         "guide instead."
     )

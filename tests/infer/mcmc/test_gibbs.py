@@ -173,11 +173,11 @@ def test_chains_start_at_a_guide() -> None:
 def test_what_does_not_fit_is_refused() -> None:
     def categories(y: Tensor) -> None:
         k = pyro.sample("k", dist.Categorical(torch.ones(3) / 3))
-        pyro.sample("y", dist.Normal(k.to(y.dtype), 1.0), obs=y)
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(k.to(y.dtype), 1.0), obs=y)
 
-    y = torch.tensor(0.5)
     with pytest.raises(ValueError, match=r"'k' is discrete.*Mark it to be summed out"):
-        sample(categories, y.reshape(1), sampler=GibbsWithGradients())
+        sample(categories, torch.zeros(1), sampler=GibbsWithGradients())
     model, x = network()
     with pytest.raises(ValueError, match=r"NUTS needs continuous.*GibbsWithGradients"):
         sample(model, x)
