@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,10 +16,10 @@ from ppl_models.core.batch import as_batch, check_model, check_programs
 from ppl_models.core.checks import check_count
 from ppl_models.core.modes import evaluation_mode
 from ppl_models.core.random import seeded
-from ppl_models.core.sites import recorded
+from ppl_models.core.sites import base_distribution, recorded, stochastic_nodes
 from ppl_models.core.store import own_parameters, unchanged_on_error
 from ppl_models.core.table import text_table
-from ppl_models.core.traces import check_sites
+from ppl_models.core.traces import check_sites, run_pair
 from ppl_models.core.types import Batch
 from ppl_models.infer.capture import Untraceable, capture
 from ppl_models.infer.objectives import Bound
@@ -48,6 +48,7 @@ class GradientVariance:
         bounds: Mean and standard error of the bound of each objective, nats per row.
         seconds: Of one estimate.
         draws: How many there were.
+        biases: Of the objectives whose gradients have another mean than that of the bound: how.
     """
 
     mean: By
@@ -56,6 +57,7 @@ class GradientVariance:
     bounds: Mapping[str, tuple[float, float]]
     seconds: Mapping[str, float]
     draws: int
+    biases: Mapping[str, str] = field(default_factory=dict)
 
     def total(self, name: str, half: str) -> float:
         """Return the variance of all parameters of the "model" or of the "guide" together."""
@@ -97,6 +99,7 @@ class GradientVariance:
                 table,
                 f"  {self.draws} estimates each; bounds and gradients in nats per row.",
                 "  Variances are summed over parameters; ms: one estimate, here.",
+                *(f"  Biased: {name}: {bias}." for name, bias in self.biases.items()),
             ]
         )
 
@@ -176,7 +179,17 @@ def gradient_variance(
                 )
             for kind, values in moments.items():
                 found[kind][name] = dict(zip(leaves, values, strict=True))
-    return GradientVariance(**found, bounds=bounds, seconds=seconds, draws=draws)
+        biases = _biases(model, guide, data, ready)
+    return GradientVariance(**found, bounds=bounds, seconds=seconds, draws=draws, biases=biases)
+
+
+def _biases(model: Any, guide: Any, data: Batch, objectives: Mapping[str, Any]) -> dict[str, str]:
+    """Say of each objective how its gradients differ in the mean from those of the bound."""
+    nodes = stochastic_nodes(run_pair(model, guide, *data).guide)
+    smooth = [name for name, node in nodes if getattr(base_distribution(node["fn"]), "biased", 0)]
+    told = f"the guide's draws at {smooth} carry those of a smooth version"
+    own = {name: getattr(o, "bias", None) for name, o in objectives.items()}
+    return {name: bias or told for name, bias in own.items() if bias or smooth}
 
 
 def _moments(

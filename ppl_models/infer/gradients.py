@@ -112,6 +112,11 @@ class Score(_Told, abc.ABC):
     vectorized: ClassVar[bool] = False
     everywhere: bool = False  # whether draws that could carry a gradient are treated alike
 
+    @property
+    def bias(self) -> str | None:
+        """How the mean of the gradient differs from that of the bound; None if it does not."""
+        return None
+
     def refuses(self, name: str, fn: Any) -> str | None:
         """Say why it does not fit a site; None if it does."""
         return None
@@ -257,6 +262,12 @@ class NVIL(Reinforce):
         if not 0.0 < self.decay < 1.0:
             raise ValueError(f"NVIL: decay must be within (0, 1), got {self.decay}.")
 
+    @property
+    def bias(self) -> str | None:
+        """That the guide's gradient is divided by something."""
+        told = "the guide's gradient is divided by a running scale, for each site"
+        return told if self.normalise else None
+
     def prepared(self, nodes: Mapping[str, Any], batch: Sequence[Tensor]) -> NVIL:
         """Return one with a network for each site."""
         inputs = sum(v.reshape(len(v), -1).shape[1] for v in batch if v.is_floating_point())
@@ -358,14 +369,16 @@ class _Opposed(_Coupled):
         self.uniforms: dict[str, Tensor] = {}
 
     def _draw(self, name: str, logits: Sequence[Tensor]) -> list[Tensor]:
-        u = [torch.rand_like(part) for part in logits]
-        self.uniforms[name] = u[0]
-        for run in range(1, self.runs):
-            if run == self.before + 1:
-                u[run] = 1.0 - u[0]
-            elif run > self.before + 1:
-                u[run] = u[0]
+        first = torch.rand_like(logits[0])
+        self.uniforms[name] = first
+        u = [first, *(self._uniform(run, first) for run in range(1, self.runs))]
         return [(a < torch.sigmoid(b)).to(b.dtype) for a, b in zip(u, logits, strict=True)]
+
+    def _uniform(self, run: int, first: Tensor) -> Tensor:
+        if run == self.before + 1:
+            return 1.0 - first
+        # What nobody uses must not be drawn: a recording would leave it out.
+        return first if run > self.before + 1 else torch.rand_like(first)
 
 
 class _Relaxed(_Coupled):

@@ -17,7 +17,12 @@ from torch.distributions import kl_divergence
 
 from ppl_models.core.checks import check_count
 from ppl_models.core.modes import evaluation_mode
-from ppl_models.core.sites import recorded, stochastic_nodes
+from ppl_models.core.sites import (
+    accepts_size,
+    describe_program,
+    recorded,
+    stochastic_nodes,
+)
 from ppl_models.core.traces import (
     PARTICLES,
     Pair,
@@ -87,6 +92,11 @@ class Bound:
             if name not in ("plate", "plate_dims") and not _same(value, defaults[name])
         ]
         return f"{type(self).__name__}({', '.join(given)})"
+
+    @property
+    def bias(self) -> str | None:
+        """How the mean of the gradient differs from that of the bound; None if it does not."""
+        return None if self.score is None else self.score.bias
 
     def parameters(self) -> list[nn.Parameter]:
         """Return what is trained along with model and guide, once it is prepared."""
@@ -560,6 +570,20 @@ class ReweightedWakeSleep(Bound):
             raise ValueError(
                 "ReweightedWakeSleep: the weight of a single particle is 1, from which the guide "
                 f"learns nothing; use at least 2 particles, got {self.particles}, or guide='sleep'."
+            )
+
+    @property
+    def bias(self) -> str | None:
+        """How the mean of the gradient differs from that of the bound."""
+        return "the guide's gradient is not that of the bound, but of another objective"
+
+    def _check(self, pair: Pair, scored: Mapping[str, Any], model: Any, guide: Any) -> None:
+        super()._check(pair, scored, model, guide)
+        if self.guide != "wake" and not accepts_size(model):
+            raise ValueError(
+                f"ReweightedWakeSleep: guide={self.guide!r} learns from draws of the model, so it must "
+                f"take `size=n`, and {describe_program(model)} does not. Use guide='wake', or give the "
+                "model such an argument."
             )
 
     def _is_scored(self, node: Any) -> bool:

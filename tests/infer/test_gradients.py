@@ -15,13 +15,17 @@ from torch import Tensor, nn
 
 from guides import Amortized, Exact, families
 from ppl_models import PPCA, VAE, SigmoidBeliefNetwork, minibatch
+from ppl_models.evaluate import gradient_variance
 from ppl_models.infer import ELBO, IWAE, VIMCO, ReweightedWakeSleep, fit
 from ppl_models.infer.dependencies import dependencies
 from ppl_models.infer.gradients import (
     ARM,
     NVIL,
+    REBAR,
+    RELAX,
     DisARM,
     DReG,
+    Enumerate,
     LeaveOneOut,
     Reinforce,
     RunningAverage,
@@ -146,6 +150,9 @@ def z_scores(
     """
     many = x.repeat(copies, 1)
     ready = objective.prepare(model, guide, many)
+    with torch.no_grad():
+        for value in ready.parameters():  # whatever they are, the mean is the same
+            value.add_(0.3 * torch.randn_like(value))
     parameters = named(model, guide)
     bounds, found = [], []
     for _ in range(repeats):
@@ -185,6 +192,9 @@ UNBIASED = {
     "ARM": ELBO(score=ARM()),
     "DisARM": ELBO(score=DisARM()),
     "DisARM of two": ELBO(2, score=DisARM()),
+    "REBAR": ELBO(score=REBAR()),
+    "REBAR of two": ELBO(2, score=REBAR(temperature=0.2), analytic_kl=True),
+    "RELAX": ELBO(score=RELAX(hidden=(5,))),
 }
 # The worst of about 200 elements, each with 39 degrees of freedom: above 5.2 once in 1000 runs.
 WIDE = 5.2
@@ -195,6 +205,115 @@ def test_gradients_of_a_belief_network_have_the_exact_mean(name: str) -> None:
     model, guide, x = belief_network()
     found = z_scores(UNBIASED[name], model, guide, x, exact_elbo(model, guide, x))
     assert max(found.values()) < WIDE, found
+
+
+def test_the_sum_over_all_states_is_exact() -> None:
+    model, guide, x = belief_network()
+    bound, slopes = exact_elbo(model, guide, x)
+    ready = ELBO(score=Enumerate()).prepare(model, guide, x)
+    surrogate, found = ready(model, guide, x)
+    assert abs(found - bound) < 1e-12
+    parameters = named(model, guide)
+    ours = torch.autograd.grad(surrogate, list(parameters.values()))
+    for slope, name in zip(ours, parameters, strict=True):
+        assert (slope - slopes[name]).abs().max() < 1e-12, name
+
+
+def mixed(x: Tensor) -> None:
+    """A category and a unit, a mask over some rows, and a continuous latent in between."""
+    with pyro.plate("data", len(x)):
+        k = pyro.sample("k", dist.Categorical(logits=torch.tensor([0.3, -0.2, 0.1])))
+        a = pyro.sample("a", dist.Normal(k.to(x.dtype), 1.0))
+        with pyro.poutine.mask(mask=x > 0.0):
+            b = pyro.sample("b", dist.Bernoulli(logits=a))
+        pyro.sample("x", dist.Normal(a + b, 1.0), obs=x)
+
+
+def mixed_guide(free: Tensor) -> Callable[[Tensor], None]:
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            logits = torch.stack([free[0] * x, free[1] + 0 * x, 0 * x], -1)
+            k = pyro.sample("k", dist.Categorical(logits=logits))
+            a = pyro.sample("a", dist.Normal(free[2] * x + k.to(x.dtype), free[3].exp()))
+            with pyro.poutine.mask(mask=x > 0.0):
+                pyro.sample("b", dist.Bernoulli(logits=free[4] * a + free[5]))
+
+    return guide
+
+
+def test_categories_and_continuous_latents_between_states_that_are_summed() -> None:
+    """Enumeration of two sites, one of them masked in some rows, agrees with scores in the mean."""
+    free = torch.tensor([0.3, -0.5, 0.4, -0.3, 0.6, 0.2], requires_grad=True)
+    guide, x = mixed_guide(free), torch.tensor([0.7, -0.4]).repeat(2000)
+
+    def slopes(objective: Any, repeats: int) -> tuple[Tensor, Tensor]:
+        ready = objective.prepare(mixed, guide, x)
+        found = torch.stack(
+            [torch.autograd.grad(ready(mixed, guide, x)[0], free)[0] for _ in range(repeats)]
+        )
+        return found.mean(0), found.std(0) / repeats**0.5
+
+    (one, error), (other, other_error) = (
+        slopes(ELBO(score=Enumerate()), 20),
+        slopes(ELBO(2, score=LeaveOneOut()), 60),
+    )
+    assert ((one - other).abs() / torch.sqrt(error**2 + other_error**2)).max() < WIDE
+
+
+def test_sums_that_cannot_be_taken_are_refused() -> None:
+    model, guide, x = belief_network()
+    with pytest.raises(ValueError, match=r"1,024 joint states.*'h1': 64, 'h2': 16.*most=1,000"):
+        ELBO(score=Enumerate(most=1000)).prepare(model, guide, x)
+
+    def pixels(x: Tensor) -> None:
+        with pyro.plate("data", len(x), dim=-2), pyro.plate("pixels", 3, dim=-1):
+            b = pyro.sample("b", dist.Bernoulli(torch.tensor(0.5)))
+            pyro.sample("x", dist.Normal(b, 1.0), obs=x)
+
+    def tossed(x: Tensor) -> None:
+        with pyro.plate("data", len(x), dim=-2), pyro.plate("pixels", 3, dim=-1):
+            pyro.sample("b", dist.Bernoulli(torch.tensor(0.4)))
+
+    with pytest.raises(ValueError, match=r"'b' is in \['pixels'\].*TraceEnum_ELBO"):
+        ELBO(score=Enumerate()).prepare(pixels, tossed, torch.zeros(2, 3))
+
+    def counts(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            k = pyro.sample("k", dist.Poisson(torch.tensor(2.0)))
+            pyro.sample("x", dist.Normal(k, 1.0), obs=x)
+
+    def counted(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("k", dist.Poisson(torch.tensor(1.5)))
+
+    with pytest.raises(ValueError, match=r"Enumerate.*'k'.*Poisson.*not finite.*Reinforce"):
+        ELBO(score=Enumerate()).prepare(counts, counted, torch.zeros(2))
+
+
+@pytest.mark.parametrize(
+    "family", [families.StraightThrough(), families.Concrete()], ids=str
+)
+def test_smooth_draws_are_biased_and_say_so(family: families.Family) -> None:
+    model, _, x = belief_network()
+    torch.manual_seed(3)
+    guide = Amortized(model, hidden=(5,), bottom_up=True, family=family)
+    with torch.no_grad():
+        for value in guide.parameters():
+            value.add_(0.5 * torch.randn_like(value))
+    plain = Amortized(model, hidden=(5,), bottom_up=True)
+    plain.load_state_dict(guide.state_dict())
+    exact = exact_elbo(model, plain, x)
+    found = z_scores(ELBO(), model, guide, x, exact)
+    assert max(v for k, v in found.items() if k.startswith("guide")) > 10
+    honest = type(family) is families.StraightThrough
+    rest = max(v for k, v in found.items() if not k.startswith("guide"))
+    assert (rest < WIDE) if honest else (rest > WIDE), found
+    told = gradient_variance(model, guide, x, objectives={"ELBO": ELBO()}, draws=3)
+    assert "Biased: ELBO: the guide's draws at ['h1', 'h2']" in str(told)
+    guide.eval()
+    assert set(guide.q("h1", x)().unique().tolist()) <= {0.0, 1.0}
+    with pytest.raises(ValueError, match="carry their gradients"):
+        ELBO(score=DisARM()).prepare(model, guide, x)
 
 
 def test_normalised_costs_change_the_length_of_the_guide_step_only() -> None:
