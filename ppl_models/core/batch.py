@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -86,7 +86,17 @@ def redrawn(data: Any, batch: Batch) -> list[tuple[Tensor, Tensor]]:
     ]
 
 
-def check_model(model: Callable[..., Any], batch: Batch, *, plate: str, rows: int) -> SiteTable:
+def first_table(model: Callable[..., Any], batch: Batch, *, plate: str, tries: int) -> SiteTable:
+    """Tabulate a model at the first draw of its prior at which it can be run; see `site_table`."""
+    for seed in range(tries - 1):
+        with suppress(ValueError, RuntimeError, ArithmeticError):
+            return site_table(model, *batch, plate=plate, seed=seed)
+    return site_table(model, *batch, plate=plate, seed=tries - 1)
+
+
+def check_model(
+    model: Callable[..., Any], batch: Batch, *, plate: str, rows: int, tries: int = 1
+) -> SiteTable:
     """Run a model on the first rows of a batch, and check that the batch is what it describes.
 
     Arguments:
@@ -94,6 +104,7 @@ def check_model(model: Callable[..., Any], batch: Batch, *, plate: str, rows: in
         batch: Its arguments, all rows.
         plate: Name of the plate over rows.
         rows: How many rows the model sees at once.
+        tries: Draws of its prior, of which one must go through.
 
     Returns:
         The site table of the model on those rows.
@@ -105,7 +116,7 @@ def check_model(model: Callable[..., Any], batch: Batch, *, plate: str, rows: in
     """
     part = tuple(value[:rows] for value in batch)
     try:
-        table = site_table(model, *part, plate=plate)
+        table = first_table(model, part, plate=plate, tries=tries)
     except Exception as error:
         names = argument_names(model, len(part))
         shapes = ", ".join(

@@ -12,7 +12,7 @@ import operator
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
@@ -296,7 +296,6 @@ def _sampler(error: BaseException) -> str | None:
 def recordable() -> Iterator[None]:
     """Neutralise, for a block, what Pyro does with values besides arithmetic."""
     with ExitStack() as stack:
-        stack.enter_context(pyro.validation_enabled(False))
         for name, module in list(sys.modules.items()):
             if not name.startswith(("pyro.", "ppl_models.", "guides.")):
                 continue
@@ -304,7 +303,9 @@ def recordable() -> Iterator[None]:
                 if attribute in vars(module):
                     stack.enter_context(patch.object(module, attribute, replacement))
         stack.enter_context(patch.object(Tensor, "item", _item))
-        stack.enter_context(patch.object(Distribution, "__init__", _unvalidated))
+        stack.enter_context(patch.object(Tensor, "__format__", _format))
+        stack.enter_context(patch.object(Tensor, "__repr__", _repr))
+        stack.enter_context(unvalidated())
         stack.enter_context(patch.object(IndepMessenger, "__iter__", _sequential))
         for name in ("tolist", "numpy", "__array__"):
             stack.enter_context(patch.object(Tensor, name, _by_value))
@@ -319,6 +320,22 @@ def _item(value: Tensor) -> Tensor:
     return detached.double() if detached.is_floating_point() else detached
 
 
+_plain_item, _plain_format, _plain_repr = Tensor.item, Tensor.__format__, Tensor.__repr__
+
+
+def _format(value: Tensor, spec: str) -> str:
+    """Turn a value into text: a number that has none yet, as in a recording, has no text either."""
+    with suppress(RuntimeError, TypeError), patch.object(Tensor, "item", _plain_item):
+        return _plain_format(value.detach(), spec)
+    return "tensor"
+
+
+def _repr(value: Tensor, **options: Any) -> str:
+    with suppress(RuntimeError, TypeError), patch.object(Tensor, "item", _plain_item):
+        return _plain_repr(value, **options)
+    return "tensor"
+
+
 _NEUTRAL: dict[str, Callable[..., Any]] = {
     "torch_item": lambda value: _item(value) if isinstance(value, Tensor) else value,
     "warn_if_nan": lambda value, *rest, **options: value,
@@ -326,6 +343,17 @@ _NEUTRAL: dict[str, Callable[..., Any]] = {
 }
 
 _init = Distribution.__init__
+
+
+@contextmanager
+def unvalidated() -> Iterator[None]:
+    """Have distributions check nothing, for a block: also those that were told to when made."""
+    with (
+        pyro.validation_enabled(False),
+        patch.object(Distribution, "__init__", _unvalidated),
+        patch.object(Distribution, "_validate_sample", lambda self, value: None),
+    ):
+        yield
 
 
 def _unvalidated(

@@ -290,9 +290,7 @@ def test_sums_that_cannot_be_taken_are_refused() -> None:
         ELBO(score=Enumerate()).prepare(counts, counted, torch.zeros(2))
 
 
-@pytest.mark.parametrize(
-    "family", [families.StraightThrough(), families.Concrete()], ids=str
-)
+@pytest.mark.parametrize("family", [families.StraightThrough(), families.Concrete()], ids=str)
 def test_smooth_draws_are_biased_and_say_so(family: families.Family) -> None:
     model, _, x = belief_network()
     torch.manual_seed(3)

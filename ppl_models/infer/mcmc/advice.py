@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
     from ppl_models.infer.mcmc.posterior import Posterior
 
+FAR_OFF = 1e15  # where no proper posterior in sensible units has draws
 LOW_EBFMI = 0.3  # Betancourt's rule of thumb
 DEEP = 0.01  # share of transitions that may be cut short at the depth limit without a word
 TARGETS = (0.8, 0.9, 0.95, 0.99)  # each asks for about half the step size of the one before
@@ -30,6 +32,8 @@ def header(posterior: Posterior) -> list[str]:
         details.append(f"{share:.2%} of transitions at the depth limit of {posterior.max_depth}")
     if posterior.energy is not None:
         details.append(f"least E-BFMI {_least(posterior.ebfmi()):.2f}")
+    if posterior.compiled.startswith("the program itself"):
+        details.append(f"slow, as run by {posterior.compiled}")
     return [*lines, ", ".join(details)] if details else lines
 
 
@@ -40,13 +44,15 @@ def advice(posterior: Posterior, table: pd.DataFrame) -> list[str]:
         posterior: The draws.
         table: Their summary.
     """
+    runs_off = _runs_off(posterior)
     findings = (
         _interrupted(posterior),
-        _mixing(posterior, table),
+        runs_off,
+        None if runs_off else _mixing(posterior, table),
         _stuck(posterior),
         _restarted(posterior),
         _divergences(posterior),
-        _depth(posterior),
+        None if runs_off else _depth(posterior),
         _energy(posterior),
     )
     return [finding for finding in findings if finding]
@@ -78,9 +84,28 @@ def _restarted(posterior: Posterior) -> str | None:
     )
 
 
+def _runs_off(posterior: Posterior) -> str | None:
+    names = [
+        name
+        for name, value in posterior.items()
+        if value.is_floating_point()
+        and not bool((torch.isfinite(value) & (value.abs() < FAR_OFF)).all())
+    ]
+    if not names:
+        return None
+    return (
+        f"Running off: draws of {', '.join(names)} reach beyond {FAR_OFF:.0e}, or are no numbers. "
+        "Most likely the posterior is improper: give what has a flat prior, or none, a proper one. "
+        "Nothing that is said of these draws holds."
+    )
+
+
 def _mixing(posterior: Posterior, table: pd.DataFrame) -> str | None:
     worst, least = (_finite(table[name].to_numpy()) for name in ("r_hat", "ess_bulk"))
-    if not worst.size or not least.size:  # draws that are all the same, or a single chain
+    if posterior.chains == 1 and least.size:
+        few = "" if least.min() >= 100 else f" ESS falls to {least.min():.0f}: run longer."
+        return f"One chain has no R-hat, and cannot show that it missed a mode: run 4 or more.{few}"
+    if not worst.size or not least.size:  # draws that are all the same
         return None
     if not poorly_mixed(worst.max(), least.min(), posterior.chains):
         return None

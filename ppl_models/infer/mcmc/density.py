@@ -9,7 +9,6 @@ from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 from unittest.mock import patch
 
-import pyro
 import torch
 from jaxtyping import Float
 from pyro import poutine
@@ -19,12 +18,12 @@ from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
+from ppl_models.core.batch import first_table
 from ppl_models.core.random import seeded
 from ppl_models.core.sites import (
     SiteTable,
     describe,
     describe_program,
-    site_table,
 )
 from ppl_models.core.types import Batch
 from ppl_models.infer import backend, capture
@@ -33,6 +32,9 @@ from ppl_models.infer.mcmc.transform import Bijection, Lenient, Part, Summed, la
 # Loops run along the last dimension. That is chains, but within wide sites for few of them, and for
 # models so large that what they are made of is.
 WIDE, FEW, LARGE = 32, 16, 100
+STARTS = 20  # draws of the prior, one of which must have a density
+FAR = 1e4  # unconstrained numbers, where nothing proper has the density that it has near 0
+COARSE = 0.01  # standard deviations, that rounding may move a draw by
 CHUNK = 2**22  # numbers at the sites of all targets that are transformed at once
 
 
@@ -105,7 +107,9 @@ class Density:
                 return self._one_by_one(u)
 
     def constrain(self, u: Float[Tensor, "*lead D"]) -> dict[str, Tensor]:
-        """Return the value of each latent, in the site's dtype, without gradient.
+        """Return the value of each latent, without gradient.
+
+        In the site's dtype, unless that would round their differences away.
 
         Arguments:
             u: Shape (*lead, dim), or (*lead, targets, dim) for rows.
@@ -124,7 +128,10 @@ class Density:
         found = self._each(self._values, {"u": flat})
         values = {}
         for part in self._parts.values():
-            value = _from_targets(found[part.name].to(part.dtype), part)
+            value = _from_targets(found[part.name], part)
+            if part.circular:
+                value = torch.remainder(value + math.pi, 2.0 * math.pi) - math.pi
+            value = _rounded(value, part.dtype)
             values[part.name] = value.reshape(*lead, *value.shape[1:])
         return values
 
@@ -301,8 +308,7 @@ class Density:
     def _conditions(self) -> Iterator[None]:
         """What an evaluation needs, for a block: nothing that looks at values, nothing raised."""
         with (
-            pyro.validation_enabled(False),
-            patch.object(torch.distributions.Distribution, "__init__", capture._unvalidated),
+            capture.unvalidated(),
             patch.object(_SafeLog, "apply", log_of_sum),
             Lenient(double=self.double),
             warnings.catch_warnings(),
@@ -315,6 +321,7 @@ class Density:
         u = _points(self.dim, 2).to(self.device, self.dtype)
         alone = self._take_precision(u)
         self._refuse_noise(u[:, 0])
+        self._refuse_flat(u, *alone)
         whole, targets = self._batch, self.targets
         if self._rows:
             self._batch = tuple(value[:2] for value in whole)
@@ -357,6 +364,66 @@ class Density:
         with self._conditions(), torch.no_grad():
             pairs = [self._alone(u[:, c], n) for c in range(u.shape[1]) for n in range(rows)]
         return torch.stack([logp for logp, _ in pairs]), torch.stack([g for _, g in pairs], -1)
+
+    def _refuse_flat(self, u: Tensor, logp: Tensor, grad: Tensor) -> None:
+        """Refuse a latent of which nothing says where it is: its posterior is improper."""
+        if logp.numel() == 0 or not torch.isfinite(logp).all():
+            return
+        still = (grad == 0.0).all(1) & ~self.binary
+        for place in still.nonzero().flatten().tolist():
+            far = u.clone()
+            far[place] = FAR
+            away = self._trial(far, min(self.targets, 2), self._batch)[0]
+            far[place] = -FAR
+            if torch.equal(away, logp) and torch.equal(
+                self._trial(far, min(self.targets, 2), self._batch)[0], logp
+            ):
+                part = next(p for p in self._parts.values() if p.span.start <= place < p.span.stop)
+                raise ValueError(
+                    f"sample: nothing in {describe_program(self._model)} says where "
+                    f"'{part.name}' is: its log density is the same at element "
+                    f"{place - part.span.start} of {part.span.stop - part.span.start} whatever its "
+                    "value, so the posterior is improper. Give it a prior, or take it out."
+                )
+
+    def _refuse_rows_that_depend(self) -> None:
+        """Refuse a model whose rows, taken one by one, are not what they are together."""
+        count = min(3, self.targets)
+        if count < 2 or self._summed:
+            return
+        whole, targets = self._batch, self.targets
+        self._batch, self.targets = tuple(value[:count] for value in whole), count
+        try:
+            values = self.constrain(_points(self.dim, count).T.to(self.device, self.dtype)[None])
+            axes = {part.name: part.axis for part in self._parts.values()}
+            together = self._joint({name: value[0] for name, value in values.items()}, self._batch)
+            apart = [
+                self._joint(
+                    {
+                        name: value[0].narrow(axis, n, 1)
+                        for name, value in values.items()
+                        if (axis := axes[name]) is not None
+                    },
+                    tuple(value[n : n + 1] for value in self._batch),
+                )
+                for n in range(count)
+            ]
+        finally:
+            self._batch, self.targets = whole, targets
+        total = sum(apart)
+        if math.isfinite(together) and abs(total - together) > 1e-3 * (1.0 + abs(together)):
+            raise ValueError(
+                f"sample: rows=True takes each row by itself, but in {describe_program(self._model)} "
+                f"rows depend on each other or on their number: the log density of the first {count} "
+                f"rows together is {together:.6g}, of each by itself {total:.6g} in all. Take what "
+                "belongs to a row from the arguments, or use rows=False."
+            )
+
+    def _joint(self, values: dict[str, Tensor], batch: Batch) -> float:
+        """Return the log density of values of the latents and of the data, without Jacobians."""
+        with self._conditions(), torch.no_grad(), poutine.block(), poutine.trace() as record:
+            poutine.condition(self._model, data=values)(*batch)
+        return float(record.trace.log_prob_sum())
 
     def _refuse_noise(self, u: Tensor) -> None:
         traces = []
@@ -413,7 +480,7 @@ def density_of(
         (tensor([-1., -1.]), tensor([[0., 0.]]))
     """
     if rows:
-        table = site_table(model, *(value[:1] for value in batch), plate=plate)
+        table = _of_one_row(model, batch, plate)
         for site in table.latents:
             if site.data_dim is None:
                 raise ValueError(
@@ -422,7 +489,21 @@ def density_of(
                 )
     density = Density(model, batch, table, rows=rows, double=double)
     density._settle()
+    if rows:
+        density._refuse_rows_that_depend()
     return density
+
+
+def _of_one_row(model: Callable[..., Any], batch: Batch, plate: str) -> SiteTable:
+    try:
+        first = tuple(value[:1] for value in batch)
+        return first_table(model, first, plate=plate, tries=STARTS)
+    except Exception as error:
+        raise ValueError(
+            f"sample: rows=True runs {describe_program(model)} on single rows, and it fails on the "
+            f"first: {capture._reason(error)}. Take what belongs to a row from the arguments, or use "
+            "rows=False."
+        ) from error
 
 
 def _from_targets(value: Tensor, part: Part) -> Tensor:
@@ -430,6 +511,16 @@ def _from_targets(value: Tensor, part: Part) -> Tensor:
     if part.axis is None or value.shape[1] == 1:
         return value.squeeze(1)
     return value.squeeze(part.axis).movedim(1, part.axis)
+
+
+def _rounded(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return draws (n, ...) in a dtype, unless it is too coarse for them."""
+    if value.dtype != torch.float64 or dtype == torch.float64 or not len(value):
+        return value.to(dtype)
+    error = (value - value.to(dtype).double()).abs().amax(0)
+    spread = value.std(0) if len(value) > 1 else torch.full_like(error, math.inf)
+    fine = (error <= COARSE * spread) | (error == 0.0) | ~torch.isfinite(value).all(0)
+    return value.to(dtype) if bool(fine.all()) else value
 
 
 def _to_targets(value: Tensor, part: Part | None) -> Tensor:

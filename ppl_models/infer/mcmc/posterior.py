@@ -217,7 +217,7 @@ class Posterior(Mapping[str, Tensor]):
             if self.rows is None:
                 value = value.reshape(self.chains, self.draws, 1, -1)
             else:
-                value = value.movedim(self._row_axis.get(name, 2), 2).flatten(3)
+                value = value.movedim(self._row_axis.get(name, 2), 2)
                 value = value.reshape(self.chains, self.draws, self.rows, -1)
             changed = (value[:, 1:] != value[:, :-1]).any(-1)
             moved = moved.to(changed) | changed if moved.ndim else changed

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
+from pyro import poutine
 from torch import Tensor, nn
 from torch.distributions import Independent
 
@@ -17,11 +18,11 @@ from ppl_models.core.batch import as_batch, check_device, check_model, check_pro
 from ppl_models.core.checks import check_count
 from ppl_models.core.modes import evaluation_mode
 from ppl_models.core.random import seeded
-from ppl_models.core.sites import Site, SiteTable, describe, describe_program
+from ppl_models.core.sites import Site, SiteTable, base_distribution, describe, describe_program
 from ppl_models.core.store import own_parameters
 from ppl_models.core.types import Batch
 from ppl_models.infer.mcmc.adaptation import groups_of, warm_up, windows
-from ppl_models.infer.mcmc.density import Density, density_of
+from ppl_models.infer.mcmc.density import STARTS, Density, density_of
 from ppl_models.infer.mcmc.engine import PART, Draws, Engine
 from ppl_models.infer.mcmc.gibbs import Gibbs
 from ppl_models.infer.mcmc.posterior import Posterior
@@ -118,7 +119,9 @@ def sample(
         seeded(seed),
     ):
         size = len(arguments[0]) if arguments else 1
-        table = check_model(model, arguments, plate=plate, rows=size)
+        table = check_model(model, arguments, plate=plate, rows=size, tries=STARTS)
+        with suppress(Exception), torch.no_grad(), poutine.block():
+            model(*arguments)  # what it makes by pyro.param is made in its own precision
         _check_latents(model, table, sampler, rows=rows)
         task = _Task(
             sampler=NUTS() if sampler is None else sampler,
@@ -388,6 +391,12 @@ def _instead(site: Site) -> str:
             "Pyro does not sum over all states of several elements at once: fit a guide instead, "
             "as in fit(..., objective=ELBO(2, score=LeaveOneOut())), or make each element a site "
             "of its own that is marked to be summed out."
+        )
+    if not getattr(base_distribution(site.fn), "has_enumerate_support", False):
+        return (
+            "Its values have no end, so that they cannot be summed over: fit a guide instead, as in "
+            "fit(..., objective=ELBO(2, score=LeaveOneOut())), or give it an upper bound, as a "
+            "Categorical has."
         )
     return flips + (
         "Mark it to be summed out, pyro.sample(..., infer={'enumerate': 'parallel'}), or fit a "

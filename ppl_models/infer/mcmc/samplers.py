@@ -25,6 +25,16 @@ class NUTS:
     float32: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("dense", "float32"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(
+                    f"NUTS: {name} must be True or False, got {getattr(self, name)!r}."
+                )
+        for name, kind in (("target_accept", float), ("max_depth", int)):
+            if not isinstance(getattr(self, name), kind):
+                raise ValueError(
+                    f"NUTS: {name} must be of type {kind.__name__}, got {getattr(self, name)!r}."
+                )
         if not 0.0 < self.target_accept < 1.0:
             raise ValueError(f"NUTS: target_accept must be in (0, 1), got {self.target_accept}.")
         if not 1 <= self.max_depth <= 20:

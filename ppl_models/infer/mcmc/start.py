@@ -72,12 +72,21 @@ def at_guide(
     drawn: list[dict[str, Tensor]] = []
     for number in range(max(chains, FIRST_DRAWS)):
         with seeded(stream(seed, 0, number)), torch.no_grad():
-            trace = poutine.trace(guide).get_trace(*batch)
+            trace = _traced(guide, batch)
         latents: Any = trace.iter_stochastic_nodes()
         drawn.append({name: node["value"].detach() for name, node in latents})
     names = [name for name in drawn[0] if all(name in values for values in drawn)]
     stacked = {name: torch.stack([values[name] for values in drawn]) for name in names}
-    u = density.unconstrain(stacked).reshape(len(drawn), density.targets, density.dim)
+    try:
+        u = density.unconstrain(stacked)
+        if u.numel() != len(drawn) * density.targets * density.dim:
+            shapes = {name: tuple(value.shape[1:]) for name, value in stacked.items()}
+            raise ValueError(f"its draws have shapes {shapes}, which are not the model's.")
+    except ValueError as error:
+        raise ValueError(
+            f"sample: the guide given as init does not fit the model: {error}"
+        ) from error
+    u = u.reshape(len(drawn), density.targets, density.dim)
     start = u[:chains].permute(2, 0, 1).flatten(1).contiguous()
     if bool(_is_lost(density, start).any()):
         raise ValueError(
@@ -85,6 +94,16 @@ def at_guide(
             "fit it first, or leave init out."
         )
     return start, u.transpose(0, 1)
+
+
+def _traced(guide: Callable[..., Any], batch: Batch) -> Any:
+    try:
+        return poutine.trace(guide).get_trace(*batch)
+    except TypeError as error:
+        raise ValueError(
+            f"sample: the guide given as init must take the arguments of the model, {len(batch)} "
+            f"here, but said: {error}"
+        ) from error
 
 
 def _is_lost(density: Density, u: Tensor) -> Tensor:

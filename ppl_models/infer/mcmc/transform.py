@@ -13,10 +13,10 @@ from pyro.poutine.enum_messenger import EnumMessenger
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
-from torch.distributions import Transform, biject_to, constraints, identity_transform
+from torch.distributions import Transform, VonMises, biject_to, constraints, identity_transform
 from torch.overrides import TorchFunctionMode
 
-from ppl_models.core.sites import SiteTable, base_support, describe
+from ppl_models.core.sites import SiteTable, base_distribution, base_support, describe
 from ppl_models.core.types import Distribution
 
 
@@ -31,6 +31,7 @@ class Part:
     axis: int | None  # of the plate over rows in a value, from the right
     dtype: torch.dtype
     binary: bool  # whether the numbers are zeros and ones
+    circular: bool  # whether they are angles, of which those from -pi to pi are enough
 
 
 class Bijection(Messenger):
@@ -171,7 +172,14 @@ def layout(table: SiteTable) -> dict[str, Part]:
         start, stop = stop, stop + math.prod(free)
         axis = None if site.data_dim is None else site.data_dim - len(site.event_shape)
         parts[site.name] = Part(
-            site.name, slice(start, stop), free, shape, axis, site.value.dtype, is_binary(site.fn)
+            site.name,
+            slice(start, stop),
+            free,
+            shape,
+            axis,
+            site.value.dtype,
+            is_binary(site.fn),
+            isinstance(base_distribution(site.fn), VonMises),
         )
     return parts
 
