@@ -126,8 +126,9 @@ def gradient_variance(
     """Estimate a gradient over and over, with each of some objectives, at fixed parameters.
 
     Unbiased estimators of one bound agree in the mean, within their errors, and differ in variance;
-    those with a bias show it beside the others. Estimators with a memory, such as `RunningAverage`
-    and `NVIL`, learn as they go, but for the networks, which no optimiser trains here.
+    those with a bias show it beside the others. Estimators with a memory, such as `RunningAverage`,
+    learn as they go; what others train, such as the networks of `NVIL` and the factors of `REBAR`, no
+    optimiser trains here. To see them trained, give the `objective` of a `Fit`.
 
     Arguments:
         model: Any Pyro model.

@@ -62,6 +62,7 @@ class Bound:
     plate_dims: int | None = None
     depends: Dependencies | None = field(default=None, repr=False, compare=False)
     runs: int = field(default=1, repr=False)
+    sites: frozenset[str] | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         name = type(self).__name__
@@ -111,19 +112,24 @@ class Bound:
     ) -> Self:
         """Take, once and before the first step, every decision that needs a look at the programs.
 
+        Estimators that learn, such as `NVIL`, begin anew, but for those of an objective that was
+        prepared for the same sites: these go on.
+
         Raises:
             ValueError: If particles are vectorised and the programs do not carry them, or an
                 estimator does not fit a site.
         """
         name = type(self).__name__
-        with evaluation_mode(model, guide), torch.no_grad():
+        with evaluation_mode(model, guide), torch.set_grad_enabled(self.path is not None):
             _, dims = joint_table(model, guide, *batch)
             pair = run_pair(model, guide, *batch)
             pair.model.compute_log_prob()
             pair.guide.compute_score_parts()
         scored = {n: node for n, node in _latents(pair) if self._is_scored(node)}
         self._check(pair, scored, model, guide)
-        score = None if self.score is None else self.score.prepared(scored, batch)
+        score = self.score
+        if score is not None and self.sites != frozenset(scored):  # else it goes on as it is
+            score = score.prepared(scored, batch)
         runs = 1 if score is None else score.runs(scored)
         if (self.particles > 1 or runs > 1) and self.vectorized:
             with torch.no_grad():
@@ -142,6 +148,7 @@ class Bound:
             plate=plate,
             plate_dims=dims,
             runs=runs,
+            sites=frozenset(scored),
             depends=dependencies(model, guide, *batch) if scored else None,
         )
 
@@ -185,14 +192,16 @@ class Bound:
                 "carry no gradient. Estimators that do are those of score=, such as "
                 "score=LeaveOneOut()."
             )
-        own = [
-            {id(p): n for n, p in half.named_parameters()} if isinstance(half, nn.Module) else {}
-            for half in (model, guide)
-        ]
-        if shared := sorted(n for key, n in own[1].items() if key in own[0]):
+        named = dict(model.named_parameters()) if isinstance(model, nn.Module) else {}
+        named = {n: p for n, p in named.items() if p.requires_grad}
+        density = sum((node["log_prob"].sum() for _, node in _latents(pair)), torch.zeros(()))
+        if not named or not density.requires_grad:
+            return
+        slopes = torch.autograd.grad(density, list(named.values()), allow_unused=True)
+        if shared := [n for n, slope in zip(named, slopes, strict=True) if slope is not None]:
             raise ValueError(
-                f"{name}: path={self.path!r} takes it that the model does not depend on the guide's "
-                f"parameters, but they share {shared}. Leave path out."
+                f"{name}: path={self.path!r} takes it that the guide does not depend on the model's "
+                f"parameters, but it does, on {shared}. Leave path out."
             )
 
     def _prepared(self, model: Any, guide: Any, *batch: Tensor) -> Self:

@@ -67,6 +67,8 @@ class Fit:
         interrupted: Whether Ctrl-C or a callback ended it early.
         settings: What was asked for, in words and numbers that JSON can hold.
         example: The first rows of the data, two at most: what a saved run is rebuilt with.
+        objective: What was ascended, with what its estimators have learnt: `fit` and
+            `gradient_variance` go on with it. None in a run that was loaded.
     """
 
     model: Callable[..., Any] = field(repr=False)
@@ -81,6 +83,7 @@ class Fit:
     interrupted: bool
     settings: dict[str, Any] = field(repr=False)
     example: Batch = field(repr=False)
+    objective: Any = field(default=None, repr=False)
 
     def plot(self, *, ax: Axes | None = None) -> Figure:
         """Draw the bound of each step and its running mean.
@@ -273,6 +276,7 @@ def fit(
             parameters=own,
             seconds=time.perf_counter() - start,
             compiled=taking.describe(),
+            objective=objective,
             interrupted=interrupted.is_set(),
             settings={
                 "rows": size,

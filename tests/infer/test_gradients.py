@@ -617,13 +617,6 @@ def test_choices_that_do_not_go_together(make: Any, words: str) -> None:
         make()
 
 
-def test_sticking_the_landing_is_refused_for_shared_parameters() -> None:
-    model, guide, x = vae_pair()
-    guide.borrowed = model.decoder
-    with pytest.raises(ValueError, match="they share"):
-        fit(model, guide, x, objective=ELBO(path=StickingTheLanding()), steps=3)
-
-
 def test_importance_weights_of_global_latents_need_all_rows() -> None:
     def model(x: Tensor) -> None:
         w = pyro.sample("w", dist.Normal(0.0, 1.0))
@@ -681,3 +674,39 @@ def test_networks_of_baselines_are_trained_along() -> None:
     surrogate, _ = ready(model, guide, x)
     slopes = torch.autograd.grad(surrogate, mine)
     assert all(slope.abs().sum() > 0 for slope in slopes)
+
+
+def test_paths_through_a_guide_made_of_the_model_are_refused() -> None:
+    model, x = linear_gaussian(3)
+    for objective in (ELBO(path=StickingTheLanding()), IWAE(2, path=DReG())):
+        with pytest.raises(ValueError, match=r"guide does not depend on the model.*'loading'"):
+            objective.prepare(model, Exact(model), x)
+
+
+def test_what_an_estimator_has_learnt_goes_on() -> None:
+    model, guide, x = belief_network()
+    found = fit(model, guide, x, objective=ELBO(score=REBAR()), steps=20, lr=0.1, progress=False)
+    learnt = found.objective
+    factors = [value.item() for value in learnt.parameters()]
+    assert all(value != 1.0 for value in factors)
+    again = learnt.prepare(model, guide, x)
+    assert [value.item() for value in again.parameters()] == factors
+    fresh = ELBO(score=REBAR()).prepare(model, guide, x)
+    assert [value.item() for value in fresh.parameters()] == [1.0, 1.0]
+    other, guided = SigmoidBeliefNetwork(4, (3,)), None
+    guided = Amortized(other, hidden=(3,))
+    assert [value.item() for value in learnt.prepare(other, guided, x).parameters()] == [1.0]
+
+
+def test_dreams_need_a_model_that_draws_rows() -> None:
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            b = pyro.sample("b", dist.Bernoulli(torch.tensor(0.5)))
+            pyro.sample("x", dist.Normal(b, 1.0), obs=x)
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("b", dist.Bernoulli(torch.tensor(0.5)))
+
+    with pytest.raises(ValueError, match=r"must take `size=n`.*guide='wake'"):
+        ReweightedWakeSleep(guide="sleep").prepare(model, guide, torch.zeros(2))
