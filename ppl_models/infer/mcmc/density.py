@@ -74,6 +74,9 @@ class Density:
         self.binary = torch.zeros(self.dim, dtype=torch.bool, device=self.device)
         for part in self._parts.values():
             self.binary[part.span] = part.binary
+        # Places of values that are observed, at a site that is observed in part: kept near 0.
+        self._idle = torch.zeros(self.dim, dtype=self.dtype, device=self.device)
+        self._idles = False
         self._wide = max(site.value.numel() for site in table) >= WIDE
         self._summed = any(site.enumerated for site in table)
         self._evaluator: TraceEinsumEvaluator | None = None
@@ -97,14 +100,21 @@ class Density:
                 f"targets {self.targets}, got {tuple(u.shape)}."
             )
         with self._conditions(), torch.no_grad():
-            if self.reason is not None:
-                return self._one_by_one(u)
-            try:
-                return self._at_once(u)
-            except backend.LinAlgError:
-                if backend.recording():
-                    raise  # a graph must not be made of what happened at one point
-                return self._one_by_one(u)
+            logp, grad = self._evaluate(u)
+            if self._idles:
+                still = self._idle.unsqueeze(1) * u
+                return logp - 0.5 * (still * u).sum(0), grad - still
+            return logp, grad
+
+    def _evaluate(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        if self.reason is not None:
+            return self._one_by_one(u)
+        try:
+            return self._at_once(u)
+        except backend.LinAlgError:
+            if backend.recording():
+                raise  # a graph must not be made of what happened at one point
+            return self._one_by_one(u)
 
     def constrain(self, u: Float[Tensor, "*lead D"]) -> dict[str, Tensor]:
         """Return the value of each latent, without gradient.
@@ -322,6 +332,7 @@ class Density:
         alone = self._take_precision(u)
         self._refuse_noise(u[:, 0])
         self._refuse_flat(u, *alone)
+        self._idles = bool(self._idle.any())
         whole, targets = self._batch, self.targets
         if self._rows:
             self._batch = tuple(value[:2] for value in whole)
@@ -379,6 +390,9 @@ class Density:
                 self._trial(far, min(self.targets, 2), self._batch)[0], logp
             ):
                 part = next(p for p in self._parts.values() if p.span.start <= place < p.span.stop)
+                if part.name.endswith("_unobserved"):  # the place of a value that is observed
+                    self._idle[place] = 0.0 if self._rows else 1.0
+                    continue
                 raise ValueError(
                     f"sample: nothing in {describe_program(self._model)} says where "
                     f"'{part.name}' is: its log density is the same at element "

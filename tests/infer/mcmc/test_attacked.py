@@ -118,18 +118,28 @@ def test_a_model_that_needs_all_rows_is_refused_row_by_row() -> None:
 
 
 def test_a_latent_that_nothing_constrains_is_refused() -> None:
-    def flat(y: Tensor) -> None:
-        with pyro.plate("data", len(y)):
-            pyro.sample(
-                "y", dist.Normal(0.0, 1.0), obs=y, obs_mask=torch.tensor([True, True, False])
-            )
-
-    with pytest.raises(ValueError, match=r"nothing .* says where 'y_unobserved' is: .*improper"):
-        drawn(flat, Y)
     with pytest.raises(ValueError, match="nothing .* says where 'x' is"):
         drawn(lambda: pyro.sample("x", dist.Normal(0.0, 1.0).mask(False)))
     flat_but_bounded = drawn(lambda: pyro.sample("x", dist.Uniform(2.0, 3.0)))
     assert flat_but_bounded["x"].mean().item() == pytest.approx(2.5, abs=0.1)
+
+
+def test_places_of_observed_values_stay_near_0() -> None:
+    """Pyro has a latent for each value of a site that is observed in part: for observed ones, too."""
+
+    def model(y: Tensor) -> None:
+        loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(y)):
+            seen = torch.tensor([True, True, False])
+            pyro.sample("y", dist.Normal(loc, 1.0), obs=y, obs_mask=seen)
+
+    found = drawn(model, Y, draws=1000, warmup=300, chains=8)
+    assert found["loc"].mean().item() == pytest.approx(1.0, abs=0.05)  # (1 + 2) / 3
+    assert found["loc"].std().item() == pytest.approx(3**-0.5, rel=0.05)
+    values = found["y_unobserved"]
+    assert values.mean((0, 1)).tolist() == pytest.approx([0.0, 0.0, 1.0], abs=0.1)
+    assert values.std(1).mean(0).tolist() == pytest.approx([1.0, 1.0, (4 / 3) ** 0.5], rel=0.06)
+    assert not found.divergences.any()
 
 
 def test_draws_that_run_off_are_told() -> None:
