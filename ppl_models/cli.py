@@ -1,4 +1,4 @@
-"""The command line: fit, evaluate, sample, generate, compare, models, guides, show."""
+"""The command line: fit, evaluate, sample, generate, compare, estimators, models, guides, show."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from ppl_models.core.table import text_table
 from ppl_models.core.types import Refinable
 from ppl_models.data import Dataset
 from ppl_models.data.source import Source
-from ppl_models.evaluate import Scorecard, score
+from ppl_models.evaluate import GradientVariance, Scorecard, gradient_variance, score
 from ppl_models.evaluate import compare as compare_guides
 from ppl_models.evaluate import generate as draw_rows
 from ppl_models.evaluate.pictures import (
@@ -41,6 +41,7 @@ from ppl_models.evaluate.pictures import (
 from ppl_models.infer import NUTS, Fit
 from ppl_models.infer import fit as train
 from ppl_models.infer import sample as sample_posterior
+from ppl_models.infer.estimators import ESTIMATORS, Fitting, estimators_for, tuned
 from ppl_models.infer.step import Compile
 from ppl_models.runs import Run, load_run, save_run
 
@@ -55,6 +56,7 @@ app = typer.Typer(
       ppl-models fit vae --epochs 20             train one on handwritten digits, and save it
       ppl-models evaluate runs/vae-amortized     how good its guide is, on test rows
       ppl-models compare vae --epochs 20         the same for several guides, side by side
+      ppl-models estimators sbn                  how noisy each estimator of its gradient is
 
     Tables go to standard output, progress to standard error. `ppl-models COMMAND --help` has an
     example for each option.""",
@@ -597,6 +599,151 @@ def compare(
 
 
 @app.command()
+def estimators(
+    model: Model,
+    data: Data = "digits",
+    guide: Annotated[
+        str | None,
+        typer.Option(
+            help=f"One of {', '.join(GUIDES)}; by default the first that `ppl-models models` "
+            "shows and that has parameters. Such as --guide local."
+        ),
+    ] = None,
+    estimators: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Estimators to compare, with commas between: {', '.join(ESTIMATORS)}. "
+            "By default all that fit. Such as --estimators reinforce,disarm."
+        ),
+    ] = None,
+    latent_dim: LatentDim = None,
+    latent_dims: LatentDims = None,
+    hidden: Hidden = None,
+    epochs: Annotated[
+        int,
+        typer.Option(
+            help="Passes over the training rows before anything is measured, by the objective that "
+            "`ppl-models fit` takes; 0 measures at the start. Such as --epochs 50.",
+            min=0,
+        ),
+    ] = 10,
+    rows: Annotated[
+        int,
+        typer.Option(help="Training rows in an estimate. Such as --rows 20.", min=1),
+    ] = 100,
+    draws: Annotated[
+        int, typer.Option(help="Estimates by each estimator. Such as --draws 2000.", min=2)
+    ] = 500,
+    tune: Annotated[
+        int,
+        typer.Option(
+            help="Steps in which networks and factors that estimators bring along are trained first, "
+            "at those parameters. Such as --tune 2000.",
+            min=0,
+        ),
+    ] = 500,
+    batch_size: BatchSize = 64,
+    lr: LearningRate = 3e-3,
+    target: Target = None,
+    split: Split = 0,
+    test: TestShare = None,
+    image_size: ImageSize = None,
+    binarize: Binarize = None,
+    standardize: Standardize = False,
+    seed: Seed = 0,
+    threads: Threads = 1,
+    compile: Compiling = CompileChoice.AUTO,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for estimators.txt, .json (with each parameter) and .png; made if missing. "
+            "Such as --out report."
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Say how noisy the estimators of a model's gradient are, at the same parameters for all.
+
+    The same rows are estimated over and over. Estimators of one bound agree in the mean; what
+    differs is the variance, and the time of an estimate.
+
+    \b
+    Examples:
+      ppl-models estimators sbn --epochs 2 --draws 50 --tune 50
+      ppl-models estimators sbn --latent-dims 5,3 --estimators disarm,enumerate --draws 50
+      ppl-models estimators vae --epochs 2 --draws 50 --out report
+    """
+    torch.set_num_threads(threads)
+    entry = lookup("model", model, MODELS)
+    guide = next(g for g in entry.guides if g != "exact") if guide is None else guide
+    make = lookup("guide", guide, GUIDES)
+    names = None
+    if estimators is not None:
+        names = [name.strip() for name in estimators.split(",")]
+        for name in names:
+            lookup("estimator", name, ESTIMATORS)
+    size = _image_size(image_size)
+    loaded = Source(data, target, split, test, size, binarize, standardize).load(entry.binarize)
+    if rows > len(loaded.x):
+        raise ValueError(f"--rows must be at most {len(loaded.x)}, the training rows; got {rows}.")
+    folder = None if out is None else _folder(out)
+    typer.echo(f"{model} with {guide} on {_describe(loaded)}", err=True)
+    sizes = _sizes(entry, latent_dim, latent_dims, hidden)
+    program = build(model, loaded, seed=seed, **sizes)
+    (whole,) = as_batch(loaded.x, program)
+    with seeded(seed):
+        chosen = whole[torch.randperm(len(whole))[:rows]]
+        mine = make(program, len(loaded.x) if epochs else rows, _units(hidden))
+    if epochs:
+        train(
+            program,
+            mine,
+            loaded.x,
+            objective=entry.objective,
+            epochs=epochs,
+            batch_size=batch_size,
+            lr=lr,
+            seed=seed,
+            compile=compile.mode,
+        )
+        if isinstance(mine, Refinable):  # its parameters are those of all rows
+            mine = mine.refine(chosen, objective=entry.objective, seed=seed)
+    known = chosen if isinstance(mine, Refinable) else whole
+    fitting = estimators_for(program, mine, chosen, names=names)
+    if not fitting.objectives:
+        reasons = " ".join(f"{name}: {reason}" for name, reason in fitting.others.items())
+        raise ValueError(
+            f"--estimators: none of these fits {model} with {guide}; leave it out for those that do. "
+            + reasons
+        )
+    ready = {
+        name: tuned(objective, program, mine, known, rows=rows, steps=tune, seed=seed)
+        for name, objective in fitting.objectives.items()
+    }
+    measured = gradient_variance(program, mine, chosen, objectives=ready, draws=draws, seed=seed)
+    told = _told_of_gradients(measured, fitting)
+    after = f"after {epochs} epoch{'' if epochs == 1 else 's'}"
+    where = [f"On {rows} training rows, {after}; seed {seed}."]
+    if tune and (own := [name for name, one in ready.items() if one.objective.parameters()]):
+        where.append(f"Networks and factors of {', '.join(own)} were trained for {tune} steps.")
+    text = _text_of_gradients(measured, fitting, where)
+    settings = {"model": model, "guide": guide, "data": loaded.name, "binarize": loaded.binarize}
+    settings |= {"rows": rows, "epochs": epochs, "draws": draws, "tune": tune, "seed": seed}
+    figures = {"settings": settings, **told}
+    if as_json:
+        _print_json(figures)
+    else:
+        typer.echo(text)
+    if folder is not None:
+        (folder / "estimators.txt").write_text(text + "\n", encoding="utf-8")
+        page = json.dumps(_plain(figures), indent=2, allow_nan=False) + "\n"
+        (folder / "estimators.json").write_text(page, encoding="utf-8")
+        picture = _saved(measured.plot(), folder / "estimators.png")
+        files = [folder / "estimators.txt", folder / "estimators.json", picture]
+        _say_written(folder, files)
+
+
+@app.command()
 def show(
     run: RunFolder,
     out: Annotated[
@@ -814,6 +961,36 @@ def _print_card(card: Scorecard, as_json: bool) -> None:
         _print_json({"guides": entries, "settings": card.settings, "notes": list(card.notes)})
     else:
         typer.echo(str(card))
+
+
+def _text_of_gradients(found: GradientVariance, fitting: Fitting, where: Iterable[str]) -> str:
+    """Lay out what was measured, what the names stand for, and why others do not fit."""
+    spelt = [(name, repr(objective)) for name, objective in fitting.objectives.items()]
+    blocks = ["\n  ".join([str(found), *where]), text_table(("in Python", ""), spelt)]
+    if fitting.others:
+        rows = [(name, " ".join(reason.split())) for name, reason in fitting.others.items()]
+        blocks.append(text_table(("do not fit", ""), rows))
+    return "\n\n".join(blocks)
+
+
+def _told_of_gradients(found: GradientVariance, fitting: Fitting) -> dict[str, Any]:
+    """Return what was measured in numbers and words that JSON can hold."""
+    entries = []
+    for name, objective in fitting.objectives.items():
+        bound, error = found.bounds[name]
+        entry: dict[str, Any] = {"name": name, "objective": repr(objective)}
+        entry["bias"] = found.biases.get(name)
+        entry |= {"bound": bound, "bound_se": error, "seconds": found.seconds[name]}
+        for half in ("guide", "model"):
+            has = any(key.startswith(f"{half}.") for key in found.mean[name])
+            entry[f"{half}_variance"] = found.total(name, half) if has else None
+            signal = found.signal_to_noise(name, half) if has else None
+            entry[f"{half}_signal_to_noise"] = signal
+        parts = found.variance[name].items()
+        entry["variance_by_parameter"] = {key: part.sum().item() for key, part in parts}
+        entries.append(entry)
+    others = [{"name": name, "reason": reason} for name, reason in fitting.others.items()]
+    return {"estimators": entries, "do_not_fit": others}
 
 
 def _print_json(value: Any) -> None:

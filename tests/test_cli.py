@@ -19,8 +19,9 @@ from guides.registry import GUIDES, MODELS, build
 from ppl_models import PPCA, cli
 from ppl_models.core.random import seeded
 from ppl_models.data import dataset, load
-from ppl_models.evaluate import generate, score
+from ppl_models.evaluate import generate, gradient_variance, score
 from ppl_models.infer import fit, sample
+from ppl_models.infer.estimators import ESTIMATORS, tuned
 from ppl_models.runs import load_run, save_run
 
 
@@ -160,6 +161,15 @@ def test_compare_writes_a_table_and_a_page_and_reproduces_by_its_seed(tmp_path) 
         ),
         (["compare", "ppca", "--lr", "1e4", "--no-reference"], "fit: at step"),
         (["compare", "ppca", "--device", "moon"], "device: torch knows no device 'moon'"),
+        (
+            ["estimators", "sbn", "--estimators", "reinforce,disarn"],
+            "there is no estimator 'disarn'. Did you mean 'disarm'? Known: reinforce-all, ",
+        ),
+        (
+            ["estimators", "vae", "--estimators", "disarm", "--epochs", "0"],
+            "--estimators: none of these fits vae with amortized; leave it out for those that do.",
+        ),
+        (["estimators", "sbn", "--rows", "1438"], "--rows must be at most 1437, the training rows"),
     ],
 )
 def test_what_a_user_gets_wrong_is_told_in_one_line(
@@ -424,6 +434,66 @@ def test_a_model_of_discrete_latents_goes_all_the_way_but_for_nuts(tmp_path, fai
     card = json.loads(run(*words).stdout)
     assert [row["guide"] for row in card["guides"]] == ["bottom-up", "amortized", "local"]
     assert all(row["mean_error"] is None for row in card["guides"])
+
+
+def test_estimators_measures_what_the_library_measures(tmp_path) -> None:
+    torch.set_default_dtype(torch.float32)
+    words = ["estimators", "sbn", "--latent-dims", "5,3", "--epochs", "1", "--draws", "60"]
+    words += ["--rows", "20", "--tune", "5", "--seed", "3"]
+    words += ["--estimators", "disarm, nvil,sticking-the-landing"]
+    result = run(*words, "--out", str(tmp_path / "report"), "--json")
+    printed = json.loads(result.stdout)
+    digits = load("digits", binarize="threshold")
+    model = build("sbn", digits, seed=3, latent_dims=(5, 3))
+    with seeded(3):
+        x = digits.x[torch.randperm(len(digits.x))[:20]]
+        guide = GUIDES["bottom-up"](model, len(digits.x), (64,))
+    objective = MODELS["sbn"].objective
+    fit(model, guide, digits.x, objective=objective, epochs=1, batch_size=64, lr=3e-3, seed=3)
+    ready = {
+        name: tuned(ESTIMATORS[name], model, guide, digits.x, rows=20, steps=5, seed=3)
+        for name in ("disarm", "nvil")
+    }
+    found = gradient_variance(model, guide, x, objectives=ready, draws=60, seed=3)
+    assert [entry["name"] for entry in printed["estimators"]] == list(ready)
+    for entry in printed["estimators"]:
+        assert entry["objective"] == repr(ESTIMATORS[entry["name"]])
+        assert entry["guide_variance"] == found.total(entry["name"], "guide")
+        assert entry["model_signal_to_noise"] == found.signal_to_noise(entry["name"], "model")
+        parts = entry["variance_by_parameter"]
+        assert set(parts) == set(found.variance[entry["name"]])
+        of_guide = sum(part for key, part in parts.items() if key.startswith("guide."))
+        assert of_guide == pytest.approx(entry["guide_variance"])
+    (other,) = printed["do_not_fit"]
+    assert other["name"] == "sticking-the-landing"
+    assert "draws carry no gradient" in other["reason"]
+    folder = tmp_path / "report"
+    assert f"Written to {folder}: estimators.txt, estimators.json" in result.stderr
+    assert {file.name for file in folder.iterdir()} == {
+        "estimators.txt",
+        "estimators.json",
+        "estimators.png",
+    }
+    text = " ".join((folder / "estimators.txt").read_text("utf-8").split())
+    assert "On 20 training rows, after 1 epoch; seed 3." in text
+    assert "Networks and factors of nvil were trained for 5 steps." in text
+    assert "disarm ELBO(score=DisARM())" in text
+    assert "sticking-the-landing ELBO: path=StickingTheLanding() does not fit" in text
+
+
+def test_estimators_of_other_pairs(tmp_path) -> None:
+    """A guide of rows is that of the rows measured; one without parameters shows the model's."""
+    few = ["--rows", "10", "--draws", "2", "--tune", "0"]
+    text = run("estimators", "sbn", "--latent-dims", "4", "--guide", "local", "--epochs", "1", *few)
+    assert "do not fit" not in text.stdout  # 16 joint states are few enough for the sum
+    words = ["estimators", "sbn", "--guide", "local", "--epochs", "0", *few, "--json"]
+    printed = json.loads(run(*words).stdout)
+    assert [entry["name"] for entry in printed["do_not_fit"]] == ["enumerate"]
+    assert "guide.row_parameters.site_h1" in printed["estimators"][0]["variance_by_parameter"]
+    words = ["estimators", "ppca", "--guide", "exact", "--epochs", "0", *few, "--json"]
+    printed = json.loads(run(*words).stdout)
+    assert all(entry["guide_variance"] is None for entry in printed["estimators"])
+    assert printed["do_not_fit"][0]["name"] == "analytic-kl"
 
 
 @pytest.mark.parametrize("how", ["threshold", "static", "dynamic"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -51,7 +52,7 @@ _EXAMPLES = {"score": "LeaveOneOut()", "path": "StickingTheLanding()"}
 
 
 @dataclass(frozen=True)
-class Bound:
+class Bound(abc.ABC):
     """What all bounds share: particles, and how gradients are estimated."""
 
     particles: int = 1
@@ -98,6 +99,12 @@ class Bound:
     def bias(self) -> str | None:
         """How the mean of the gradient differs from that of the bound; None if it does not."""
         return None if self.score is None else self.score.bias
+
+    @abc.abstractmethod
+    def __call__(
+        self, model: Callable[..., Any], guide: Callable[..., Any], *batch: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return the surrogate and the bound of a batch."""
 
     def parameters(self) -> list[nn.Parameter]:
         """Return what is trained along with model and guide, once it is prepared."""
@@ -337,7 +344,7 @@ class ELBO(Bound):
         if isinstance(self.score, Enumerate):
             return self._summed(pair)
         latents = dict(_latents(pair))
-        divergences = _analytic_divergences(pair) if self.analytic_kl else {}
+        divergences = analytic_divergences(pair) if self.analytic_kl else {}
         surrogate, bound = torch.zeros(()), torch.zeros(())
         terms: list[Term] = []
         for half, name, node in _nodes(pair):
@@ -759,7 +766,7 @@ def _fault(
     return None
 
 
-def _analytic_divergences(pair: Pair) -> dict[str, Tensor]:
+def analytic_divergences(pair: Pair) -> dict[str, Tensor]:
     """KL(q || p) at each site where it has a closed form and is a term of the bound.
 
     It is one if all latents that p may depend on were drawn before the site was: then it is the
