@@ -724,7 +724,7 @@ def estimators(
     told = _told_of_gradients(measured, fitting)
     after = f"after {epochs} epoch{'' if epochs == 1 else 's'}"
     where = [f"On {rows} training rows, {after}; seed {seed}."]
-    if tune and (own := [name for name, one in ready.items() if one.objective.parameters()]):
+    if tune and (own := [name for name, one in ready.items() if one.parameters()]):
         where.append(f"Networks and factors of {', '.join(own)} were trained for {tune} steps.")
     text = _text_of_gradients(measured, fitting, where)
     settings = {"model": model, "guide": guide, "data": loaded.name, "binarize": loaded.binarize}

@@ -493,7 +493,9 @@ def test_estimators_of_other_pairs(tmp_path) -> None:
     words = ["estimators", "ppca", "--guide", "exact", "--epochs", "0", *few, "--json"]
     printed = json.loads(run(*words).stdout)
     assert all(entry["guide_variance"] is None for entry in printed["estimators"])
-    assert printed["do_not_fit"][0]["name"] == "analytic-kl"
+    reasons = {entry["name"]: entry["reason"] for entry in printed["do_not_fit"]}
+    assert "no closed form" in reasons["analytic-kl"]
+    assert "guide does not depend on the model" in reasons["sticking-the-landing"]
 
 
 @pytest.mark.parametrize("how", ["threshold", "static", "dynamic"])

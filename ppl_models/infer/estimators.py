@@ -79,28 +79,6 @@ class Fitting:
     others: Mapping[str, str]
 
 
-@dataclass(frozen=True)
-class Tuned:
-    """An objective that is ready, with what it brings along; nothing prepares it again.
-
-    Attributes:
-        objective: The objective.
-    """
-
-    objective: Bound
-
-    @property
-    def bias(self) -> str | None:
-        """How the mean of the gradient differs from that of the bound; None if it does not."""
-        return self.objective.bias
-
-    def __call__(
-        self, model: Callable[..., Any], guide: Callable[..., Any], *batch: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Return the surrogate and the bound of a batch."""
-        return self.objective(model, guide, *batch)
-
-
 def estimators_for(
     model: Callable[..., Any],
     guide: Callable[..., Any],
@@ -156,11 +134,12 @@ def tuned(
     steps: int = 500,
     lr: float = 1e-2,
     seed: int | None = None,
-) -> Tuned:
+) -> Bound:
     """Train what an objective brings along, such as baseline networks; model and guide stay.
 
     `fit` trains it with the rest. Where the parameters are fixed, as in `gradient_variance`, nothing
-    does, and an estimator that relies on it is no better than one without.
+    does, and an estimator that relies on it is no better than one without. What is returned goes on
+    with what was learnt.
 
     Arguments:
         objective: The objective.
@@ -200,7 +179,7 @@ def tuned(
                     leaf.grad = slope
                 adam.step()
             adam.zero_grad()
-    return Tuned(ready)
+    return ready
 
 
 def _refusal(objective: Bound, model: Any, guide: Any, *batch: Tensor) -> str | None:

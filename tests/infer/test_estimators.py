@@ -76,7 +76,7 @@ def test_tuning_takes_variance_off_and_leaves_the_pair_alone(name: str, share: f
     plain = tuned(ESTIMATORS[name], model, guide, x, rows=20, steps=0, seed=0)
     ready = tuned(ESTIMATORS[name], model, guide, x, rows=20, steps=200, seed=0)
     again = tuned(ESTIMATORS[name], model, guide, x, rows=20, steps=200, seed=0)
-    for one, other in zip(ready.objective.parameters(), again.objective.parameters(), strict=True):
+    for one, other in zip(ready.parameters(), again.parameters(), strict=True):
         assert torch.equal(one, other)
         assert one.grad is None
     for one, other in zip(before, [*model.parameters(), *guide.parameters()], strict=True):
