@@ -17,7 +17,6 @@
 # %%
 import math
 import os
-from functools import partial
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -493,7 +492,7 @@ for theta, t in cases:
     for score in (REBAR(), RELAX(hidden=(10,))):
         ready = practised(score, programs)
         name = type(score).__name__
-        of_coin[f"{name}, trained"] = partial(ready)  # as a plain callable, not prepared anew
+        of_coin[f"{name}, trained"] = ready  # what it has learnt goes on
         factors[name, theta] = ready.parameters()[0].item()
     found = gradient_variance(*programs, objectives=of_coin, draws=10 if SMOKE else 400)
     true = theta * (1 - theta) * (1 - 2 * t)

@@ -151,8 +151,8 @@ class Reinforce(Score):
     r"""The score function, :math:`(f(z) - b) \nabla \log q(z)`, of the terms that hang on a draw.
 
     Arguments:
-        rao_blackwell: Leave out the terms that cannot depend on the draw: those of other rows, and
-            those of sites that are not downstream of it. Their mean is zero, their variance not.
+        rao_blackwell: Leave out the terms of sites that cannot depend on the draw. Their mean is zero,
+            their variance not. Those of other rows are left out in any case.
         everywhere: Treat sites alike whose draws could carry a gradient, for comparison.
 
     Source:
