@@ -221,8 +221,8 @@ pd.DataFrame(
 
 # %% [markdown]
 # At the start the signal is strong for all but one. Later the easy part is learnt and the signal is
-# weak: that of REINFORCE cannot be told from zero by 300 estimates, where that of DisARM is three
-# quarters as long as the noise of a single one. (NVIL's network is not trained here, since all is held
+# weak: that of REINFORCE cannot be told from zero by 300 estimates, where that of DisARM is four
+# fifths as long as the noise of a single one. (NVIL's network is not trained here, since all is held
 # still, so its line tells what the running mean alone is worth.)
 #
 # ## One layer or two?
