@@ -12,7 +12,12 @@ from torch import Tensor, nn
 from guides.base import Families, SiteGuide, expanded, key
 from ppl_models.core.batch import as_batch
 from ppl_models.core.minibatch import current_minibatch
+from ppl_models.infer.estimators import estimators_for
+from ppl_models.infer.gradients import LeaveOneOut
+from ppl_models.infer.objectives import ELBO, Bound
 from ppl_models.infer.svi import fit
+
+REFINING = 10  # particles, where the others are the baseline of each
 
 
 class Local(SiteGuide):
@@ -93,6 +98,7 @@ class Local(SiteGuide):
     def refine(
         self,
         *batch: Tensor,
+        objective: Bound | None = None,
         steps: int = 500,
         lr: float = 0.05,
         seed: int | None = None,
@@ -105,6 +111,8 @@ class Local(SiteGuide):
 
         Arguments:
             batch: The new rows.
+            objective: What is ascended, by default the ELBO; where draws carry no gradient, by
+                `LeaveOneOut` with ten particles.
             steps: Optimisation steps.
             lr: Learning rate at the start; it falls to 0.
             seed: As in `fit`.
@@ -115,9 +123,22 @@ class Local(SiteGuide):
         new = self._like_me(self, len(batch[0]))
         if self._started and self.rows == new.rows:
             new.row_parameters.load_state_dict(self.row_parameters.state_dict())
+        if objective is None:
+            fitting = estimators_for(model, new, *batch, names=("leave-one-out",))
+            objective = ELBO(REFINING, score=LeaveOneOut()) if fitting.objectives else ELBO()
         schedule = partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=steps)
         options = {"schedule": schedule, "batch_size": len(batch[0])} | options
-        fit(model, new, batch, steps=steps, lr=lr, seed=seed, fixed_model=True, **options)
+        fit(
+            model,
+            new,
+            batch,
+            objective=objective,
+            steps=steps,
+            lr=lr,
+            seed=seed,
+            fixed_model=True,
+            **options,
+        )
         return new
 
     @classmethod

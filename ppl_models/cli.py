@@ -707,7 +707,7 @@ def estimators(
             compile=compile.mode,
         )
         if isinstance(mine, Refinable):  # its parameters are those of all rows
-            mine = mine.refine(chosen, objective=entry.objective, seed=seed)
+            mine = mine.refine(chosen, seed=seed)
     known = chosen if isinstance(mine, Refinable) else whole
     fitting = estimators_for(program, mine, chosen, names=names)
     if not fitting.objectives:
