@@ -120,7 +120,7 @@ def sample(
     ):
         size = len(arguments[0]) if arguments else 1
         table = check_model(model, arguments, plate=plate, rows=size, tries=STARTS)
-        with suppress(Exception), torch.no_grad(), poutine.block():
+        with suppress(Exception), seeded(0), torch.no_grad(), poutine.block():
             model(*arguments)  # what it makes by pyro.param is made in its own precision
         _check_latents(model, table, sampler, rows=rows)
         task = _Task(
