@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from guides import Amortized, Exact, families
+from guides import Amortized, Exact, Local, families
 from ppl_models import PPCA, VAE, SigmoidBeliefNetwork, minibatch
 from ppl_models.evaluate import gradient_variance
 from ppl_models.infer import ELBO, IWAE, VIMCO, ReweightedWakeSleep, fit
@@ -451,6 +451,44 @@ def test_estimators_of_one_gradient_have_one_mean(plain: Any, other: Any) -> Non
     one, two = slopes(plain), slopes(other)
     error = ((one.var(0) + two.var(0)) / len(one)).sqrt()
     assert ((one.mean(0) - two.mean(0)).abs() < 4.5 * error).all()
+
+
+#: Prior, likelihood, data, the posterior, and its family: the bound is log p(x) - KL(q || p(z | x)).
+CONJUGATE: dict[str, tuple[Any, Any, list[int], Any, families.Family]] = {
+    "gamma": (
+        dist.Gamma(2.0, 1.0), dist.Poisson, [3, 1, 4, 0, 2], dist.Gamma(12.0, 6.0), families.Gamma(),
+    ),
+    "beta": (
+        dist.Beta(2.0, 3.0), dist.Bernoulli, [1, 1, 0, 1, 1, 1], dist.Beta(7.0, 4.0), families.Beta(),
+    ),
+    "dirichlet": (
+        dist.Dirichlet(torch.tensor([1.0, 2.0, 3.0])), dist.Categorical, [0, 2, 2, 1, 2, 2, 1],
+        dist.Dirichlet(torch.tensor([2.0, 4.0, 7.0])), families.Dirichlet(),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CONJUGATE)
+def test_implicit_gradients_have_the_mean_of_the_closed_form(case: str) -> None:
+    prior, likelihood, data, posterior, family = CONJUGATE[case]
+    x = torch.tensor(data, dtype=torch.float64)
+
+    def model(x: Tensor) -> None:
+        z = pyro.sample("z", prior)
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", likelihood(z), obs=x)
+
+    guide = Local(model, rows=None, example=(x,), family=family)
+    divergence = torch.distributions.kl_divergence(guide.q("z"), posterior)
+    exact = torch.autograd.grad(-divergence / len(x), list(guide.parameters()))
+    objectives = {"path": ELBO(), "score": ELBO(score=Reinforce(everywhere=True))}
+    found = gradient_variance(model, guide, x, objectives=objectives, draws=3000, seed=0)
+    for name in objectives:
+        for mean, se, value in zip(
+            found.mean[name].values(), found.se[name].values(), exact, strict=True
+        ):
+            assert ((mean - value).abs() < 4.0 * se).all()
+    assert found.total("path", "guide") < 0.2 * found.total("score", "guide")
 
 
 def test_signal_to_noise_of_importance_weighted_gradients() -> None:

@@ -10,10 +10,10 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from guides import Amortized
-from ppl_models import SigmoidBeliefNetwork
+from ppl_models import SigmoidBeliefNetwork, bayesian
 from ppl_models.infer import NUTS, GibbsWithGradients, Posterior, sample
 from ppl_models.infer.mcmc.gibbs import State, flip
 from ppl_models.infer.mcmc.hashing import streams
@@ -139,6 +139,48 @@ def test_continuous_latents_are_moved_by_nuts_given_the_binary_ones(chains: int)
     assert found.step_size.shape == (chains,)
     assert found.accept.mean() == pytest.approx(0.8, abs=0.15)
     assert "one by one" not in found.compiled
+
+
+class Summed(nn.Module):
+    """A network whose units are summed out."""
+
+    def __init__(self, network: SigmoidBeliefNetwork) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> None:
+        pyro.factor("x", self.network.log_evidence(x).sum())
+
+
+def evidences(found: Posterior, x: Tensor, prefix: str = "") -> tuple[Tensor, Tensor]:
+    """Of weights that were drawn: mean of log p(x | weights) of each chain, and its deviation."""
+    network = SigmoidBeliefNetwork(3, (2,)).to(x.dtype).requires_grad_(False)
+    whole = torch.empty(found.chains, found.draws)
+    for place in itertools.product(range(found.chains), range(found.draws)):
+        for name, parameter in network.named_parameters():
+            parameter.copy_(found[prefix + name][place])
+        whole[place] = network.log_evidence(x).sum()
+    return whole.mean(1), whole.std(1)
+
+
+def test_weights_and_units_together_have_the_posterior_of_the_weights_alone() -> None:
+    x = torch.tensor([[1.0, 1, 0], [1, 1, 0], [0, 0, 1], [0, 0, 1], [1, 1, 1], [0, 0, 0]])
+    prior = dist.Normal(0.0, 1.0)
+    settings: dict[str, Any] = {
+        "chains": 16, "draws": 150, "warmup": 100, "seed": 0, "progress": False,
+    }  # fmt: skip
+    together = sample(
+        bayesian(SigmoidBeliefNetwork(3, (2,)), prior),
+        x,
+        sampler=GibbsWithGradients(flips=6),
+        **settings,
+    )
+    alone = sample(bayesian(Summed(SigmoidBeliefNetwork(3, (2,))), prior), x, **settings)
+    one, other = evidences(together, x), evidences(alone, x, "network.")
+    error = ((one[0].var() + other[0].var()) / len(one[0])).sqrt()
+    assert abs(one[0].mean() - other[0].mean()) < WIDE * error
+    assert error < 0.06
+    assert one[1].mean().item() == pytest.approx(other[1].mean().item(), rel=0.1)
 
 
 def same(one: Posterior, other: Posterior) -> None:
