@@ -165,8 +165,13 @@ class Posterior(Mapping[str, Tensor]):
         return self._each(array_stats.ess, method=method, **options)
 
     def rhat(self) -> dict[str, Tensor]:
-        """Rank-normalised split R-hat of each element: above 1.01, chains have not mixed."""
-        return self._each(array_stats.rhat)
+        """Rank-normalised split R-hat of each element: above 1.01, chains have not mixed.
+
+        It is infinite where chains stand still at different places, and NaN where all draws are equal.
+        """
+        found = self._each(array_stats.rhat)
+        # Rounding leaves a division by zero finite.
+        return {name: value.masked_fill(value > 1e6, torch.inf) for name, value in found.items()}
 
     def mcse(self, kind: str = "mean") -> dict[str, Tensor]:
         """Monte Carlo standard error of each posterior mean ("mean") or deviation ("sd")."""

@@ -60,6 +60,17 @@ def test_chains_that_disagree_have_a_large_rhat() -> None:
     assert rhat[1] > 1.3
 
 
+def test_chains_that_stand_still_apart_have_an_infinite_rhat() -> None:
+    torch.manual_seed(0)
+    still = torch.randn(4, 1).expand(4, 100)
+    found = Posterior({"z": torch.stack([still, torch.ones(4, 100), torch.randn(4, 100)], -1)})
+    rhat = found.rhat()["z"]
+    assert rhat[0] == torch.inf
+    assert rhat[1].isnan()
+    assert rhat[2] < 1.05
+    assert "R-hat reaches inf" in str(found)
+
+
 def test_moments_are_over_chains_and_draws(posterior: Posterior) -> None:
     z = posterior["z"].reshape(600, 2, 4)
     assert_close(posterior.mean()["z"], z.mean(0))
