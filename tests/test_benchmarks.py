@@ -38,6 +38,7 @@ def test_estimators_are_compared_from_one_start(monkeypatch) -> None:
     options = argparse.Namespace(
         layers=[5, 3], seed=0, device=None, batch=50, lr=1e-3, steps=4, test=10, particles=5,
         draws=4, tune=1, name="sbn", rounds=1, time_steps=2, quick=True,
+        curve=False,
     )  # fmt: skip
     assert isinstance(digits.x, torch.Tensor)
     mean = digits.x.mean(0)
@@ -68,5 +69,15 @@ def test_estimators_are_compared_from_one_start(monkeypatch) -> None:
     assert rows[0]["ratio_to_reinforce"] == 0.7
     sbn.report(rows, options)
     assert [line.split()[0] for line in pages[0].splitlines()[1:]] == names
+
+    options.curve = True  # its network reads units as -1 and 1
+    signed, _ = sbn.start(digits, None, options)
+    lowest = signed.layers[0].net[-1]
+    torch.testing.assert_close(
+        signed.likelihood(h1).base_dist.logits, F.linear(h1, lowest.weight, lowest.bias)
+    )
+    torch.testing.assert_close(
+        signed.likelihood(0 * h1).base_dist.logits, F.linear(-h1, lowest.weight, lowest.bias)
+    )
     sbn.report_curve([sbn.curve("rebar", digits, options)], options)
     assert "-231.03  -156.87  -143.47  -137.65" in pages[1]
