@@ -20,8 +20,8 @@ from ppl_models.core.sites import example_batch
 from ppl_models.core.types import Batch, Objective
 from ppl_models.data.dataset import Binarize, Dataset
 from ppl_models.factor_analysis import FactorAnalysis
-from ppl_models.infer.gradients import DisARM
-from ppl_models.infer.objectives import ELBO
+from ppl_models.infer.gradients import SCORES, DisARM, DReG, StickingTheLanding
+from ppl_models.infer.objectives import ELBO, IWAE, VIMCO, ReweightedWakeSleep
 from ppl_models.parts.likelihoods import Bernoulli, Categorical, Gaussian
 from ppl_models.parts.priors import Bayesian, bayesian, normal
 from ppl_models.ppca import PPCA
@@ -284,6 +284,8 @@ BLOCKS: Mapping[str, Callable[..., Any]] = {
     **{f"flows.{name}": getattr(zuko.flows, name) for name in _FLOWS},
     **{f"priors.{name}": getattr(dist, name) for name in _PRIORS},
     "priors.normal": normal,
+    **{f"objectives.{made.__name__}": made for made in (ELBO, IWAE, VIMCO, ReweightedWakeSleep)},
+    **{f"estimators.{made.__name__}": made for made in (*SCORES, StickingTheLanding, DReG)},
 }
 
 

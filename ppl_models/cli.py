@@ -38,7 +38,7 @@ from ppl_models.evaluate.pictures import (
     plot_reconstructions,
     plot_samples,
 )
-from ppl_models.infer import NUTS, Fit
+from ppl_models.infer import ELBO, NUTS, Fit
 from ppl_models.infer import fit as train
 from ppl_models.infer import sample as sample_posterior
 from ppl_models.infer.estimators import ESTIMATORS, Fitting, estimators_for, tuned
@@ -664,8 +664,9 @@ def estimators(
 ) -> None:
     """Say how noisy the estimators of a model's gradient are, at the same parameters for all.
 
-    The same rows are estimated over and over. Estimators of one bound agree in the mean; what
-    differs is the variance, and the time of an estimate.
+    The same rows are estimated over and over. Estimators of one bound agree in the mean, unless a
+    line says that they are biased; what differs is the variance, and the time of an estimate. Those
+    of several weighted particles, such as vimco and iwae, ascend another bound, a higher one.
 
     \b
     Examples:
@@ -726,6 +727,8 @@ def estimators(
     where = [f"On {rows} training rows, {after}; seed {seed}."]
     if tune and (own := [name for name, one in ready.items() if one.parameters()]):
         where.append(f"Networks and factors of {', '.join(own)} were trained for {tune} steps.")
+    if others := [name for name, one in ready.items() if not isinstance(one, ELBO)]:
+        where.append(f"Of another bound than the ELBO: {', '.join(others)}.")
     text = _text_of_gradients(measured, fitting, where)
     settings = {"model": model, "guide": guide, "data": loaded.name, "binarize": loaded.binarize}
     settings |= {"rows": rows, "epochs": epochs, "draws": draws, "tune": tune, "seed": seed}

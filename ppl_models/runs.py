@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -126,6 +126,7 @@ def save_run(path: str | Path, result: Fit, *, info: Mapping[str, Any] | None = 
         "versions": VERSIONS,
         "model": _described("model", result.model, tensors),
         "guide": _described("guide", result.guide, tensors),
+        "objective": _objective(result.objective, tensors),
         "bound": _bound(result, tensors),
         "training": {name: getattr(result, name) for name in TRAINING},
         "info": _as_json(info),
@@ -212,6 +213,7 @@ def load_run(
                 f"load_run: the model and guide of '{path}' cannot be run on the rows that were "
                 f"saved with them: {error}"
             ) from error
+        fit = replace(fit, objective=_learnt(config, tensors, at))
         _copy("what is asked of pyro.param", asked, _under("store:", tensors))
         _fill("guide", mine, config["guide"], states["guide"])
         _, now = _run(fit)
@@ -254,6 +256,24 @@ def _described(role: str, program: Any, tensors: dict[str, Tensor]) -> dict[str,
     spec = recipe.encode(program, BLOCKS, parts, own, at=role, instead=instead)
     tensors |= {f"recipe:{name}": value for name, value in parts.items()}
     return about | {"recipe": spec if "name" in spec else None, "yours": ", ".join(own)}
+
+
+def _objective(objective: Any, tensors: dict[str, Tensor]) -> dict[str, Any] | None:
+    """Describe an objective and what its estimator has learnt; None if it is not the library's."""
+    parts: dict[str, Tensor] = {}
+    own: list[str] = []
+    spec = recipe.encode(objective, BLOCKS, parts, own, at="objective")
+    if own or "name" not in (spec or {}):
+        return None
+    tensors |= {f"recipe:{name}": value for name, value in parts.items()}
+    return spec
+
+
+def _learnt(config: Any, tensors: Mapping[str, Tensor], at: torch.device) -> Any:
+    """Make the objective again; None if it was not the library's."""
+    parts = {name: value.to(at) for name, value in _under("recipe:objective", tensors).items()}
+    parts = {f"objective{name}": value for name, value in parts.items()}
+    return recipe.decode(config.get("objective"), BLOCKS, parts)
 
 
 def _bound(result: Fit, tensors: dict[str, Tensor]) -> float | None:

@@ -143,11 +143,11 @@ def show(spec: Any, tensors: Mapping[str, Tensor] | None = None) -> str:
 
 def _arguments(value: Any) -> dict[str, Any]:
     """Return what an object was made with, by name."""
-    if dataclasses.is_dataclass(value):
-        return {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.init}
+    if hasattr(value, "arguments"):
+        return value.arguments()
     if isinstance(value, TorchDistribution):
         return {name: getattr(value, name) for name in value.arg_constraints}
-    return value.arguments()
+    return {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.init}
 
 
 def _call(make: Callable[..., Any], arguments: dict[str, Any]) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from pyro import poutine
+from pyro.infer.elbo import ELBO as PyroELBO
 from torch import Tensor, nn
 
 from ppl_models.core.batch import as_batch, check_model, check_programs
@@ -22,6 +24,7 @@ from ppl_models.core.table import text_table
 from ppl_models.core.traces import check_sites, run_pair
 from ppl_models.core.types import Batch
 from ppl_models.infer.capture import Untraceable, capture
+from ppl_models.infer.gradients import Score
 from ppl_models.infer.objectives import Bound
 
 if TYPE_CHECKING:  # what draws is imported when it is asked for
@@ -166,11 +169,18 @@ def gradient_variance(
     found: dict[str, dict[str, dict[str, Tensor]]] = {"mean": {}, "variance": {}, "se": {}}
     bounds: dict[str, tuple[float, float]] = {}
     seconds: dict[str, float] = {}
+    for name, objective in objectives.items():
+        if isinstance(objective, type | PyroELBO | Score) or not callable(objective):
+            raise ValueError(
+                f"gradient_variance: objectives['{name}'] must be an objective of ppl_models.infer, "
+                f"such as ELBO(score=DisARM()), or a function of your own, got {objective!r}."
+            )
     with own_parameters(model, guide), seeded(seed), unchanged_on_error(), torch.enable_grad():
         check_model(model, data, plate="data", rows=size)
         leaves = _leaves(model, guide, data)
         ready = {
-            name: o.prepare(model, guide, *data) if isinstance(o, Bound) else o
+            # A copy: what it learns here is not to change what is learnt elsewhere.
+            name: copy.deepcopy(o).prepare(model, guide, *data) if isinstance(o, Bound) else o
             for name, o in objectives.items()
         }
         for name, objective in ready.items():
@@ -186,11 +196,19 @@ def gradient_variance(
 
 def _biases(model: Any, guide: Any, data: Batch, objectives: Mapping[str, Any]) -> dict[str, str]:
     """Say of each objective how its gradients differ in the mean from those of the bound."""
-    nodes = stochastic_nodes(run_pair(model, guide, *data).guide)
-    smooth = [name for name, node in nodes if getattr(base_distribution(node["fn"]), "biased", 0)]
-    told = f"the guide's draws at {smooth} carry those of a smooth version"
-    own = {name: getattr(o, "bias", None) for name, o in objectives.items()}
-    return {name: bias or told for name, bias in own.items() if bias or smooth}
+    nodes = dict(stochastic_nodes(run_pair(model, guide, *data).guide))
+    smooth = {n for n, v in nodes.items() if getattr(base_distribution(v["fn"]), "biased", False)}
+    between = {
+        n for n in smooth if bool(((v := nodes[n]["value"]) != 0.0).logical_and(v != 1.0).any())
+    }
+    found: dict[str, str] = {}
+    for name, objective in objectives.items():
+        # By score the draws of a straight-through family are as good as any.
+        by_score = isinstance(objective, Bound) and objective.score and objective.score.everywhere
+        if sites := sorted(between if by_score else smooth):
+            found[name] = f"the guide's draws at {sites} carry those of a smooth version"
+        found[name] = getattr(objective, "bias", None) or found.get(name, "")
+    return {name: told for name, told in found.items() if told}
 
 
 def _moments(

@@ -412,6 +412,7 @@ def _decompositions(width: torch.dtype) -> dict[Any, Any]:
     return parts | {
         aten.mm.default: _short_product,
         aten.addmm.default: _short_sum,
+        aten.pow.Scalar: _whole_power,
         aten.bitwise_and.Tensor: both,
         aten.logical_and.default: both,
         aten.bitwise_or.Tensor: either,
@@ -432,6 +433,13 @@ def _short_sum(bias: Tensor, one: Tensor, other: Tensor, *, beta: Any = 1, alpha
     if product is NotImplemented or (beta, alpha) != (1, 1):
         return NotImplemented
     return product + bias
+
+
+def _whole_power(base: Any, exponent: Tensor) -> Any:
+    """Keep whole numbers whole: as a C function `pow.Scalar` takes and returns floats."""
+    if exponent.is_floating_point() or not isinstance(base, int):
+        return NotImplemented
+    return torch.pow(torch.full_like(exponent, base), exponent)
 
 
 def _draw_as_torch_does(graph: GraphModule) -> None:

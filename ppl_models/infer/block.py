@@ -393,7 +393,8 @@ def _check(plan: Plan, path: Path | None, index: Tensor | None) -> None:
         same = all(map(torch.equal, streams, _streams(start[0].device)))
     same = same and _close(bounds[0], bound, bound, 0.0)
     changes = [
-        (one - old, other - old) for old, one, other in zip(start, compiled, graph, strict=True)
+        (_change(one, old), _change(other, old))
+        for old, one, other in zip(start, compiled, graph, strict=True)
     ]
     scales: dict[Any, float] = {}
     for i, (_, other) in enumerate(changes):
@@ -403,6 +404,10 @@ def _check(plan: Plan, path: Path | None, index: Tensor | None) -> None:
         for i, (old, (one, other)) in enumerate(zip(start, changes, strict=True))
     ):
         raise backend.Unsupported("the compiled step computes something else than the graph")
+
+
+def _change(new: Tensor, old: Tensor) -> Tensor:
+    return new ^ old if new.dtype == torch.bool else new - old
 
 
 def _size(value: Tensor) -> float:

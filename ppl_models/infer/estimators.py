@@ -111,13 +111,15 @@ def estimators_for(
     objectives: dict[str, Bound] = {}
     others: dict[str, str] = {}
     with own_parameters(model, guide), seeded(0), unchanged_on_error(), torch.enable_grad():
+        by_path = _refusal(ELBO(score=Reinforce()), model, guide, *data)
         if names is None:
-            by_path = _refusal(ELBO(score=Reinforce()), model, guide, *data)
             names = BY_PATH if by_path else BY_SCORE
         for name in names:
             check_known("estimator", name, ESTIMATORS)
             objective = ESTIMATORS[name]
-            if reason := _refusal(objective, model, guide, *data):
+            if name == "path" and not by_path:
+                others[name] = "path: a latent's draw carries no gradient. Look at 'reinforce'."
+            elif reason := _refusal(objective, model, guide, *data):
                 others[name] = reason
             else:
                 objectives[name] = objective

@@ -12,7 +12,7 @@ from __future__ import annotations
 import abc
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, cast
 
@@ -24,6 +24,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
+from ppl_models.core.checks import check_count
 from ppl_models.core.traces import PARTICLES, Pair, unchecked
 from ppl_models.infer.dependencies import Dependencies
 from ppl_models.parts.nn import mlp
@@ -145,6 +146,11 @@ class Score(_Told, abc.ABC):
         """Return what is trained along with the guide."""
         return []
 
+    def arguments(self) -> dict[str, Any]:
+        """Return what it can be made from again, what it has learnt included."""
+        found = {f.name: getattr(self, f.name) for f in fields(cast(Any, self))}
+        return {n: v.state_dict() if isinstance(v, nn.Module) else v for n, v in found.items()}
+
 
 @dataclass(frozen=True, repr=False)
 class Reinforce(Score):
@@ -220,18 +226,19 @@ class RunningAverage(Reinforce):
         """Return one with an average for each site."""
         like = {name: node["log_prob"] for name, node in nodes.items()}
         averages = {name: value.new_zeros(2) for name, value in like.items()}
-        return copy.copy(_replaced(self, averages=averages))
+        return _replaced(self, averages=averages)
 
     def centred(self, run: Run, name: str, cost: Tensor) -> tuple[Tensor, Tensor | float]:
         """Subtract the average of earlier steps, and add this one to it."""
         assert self.averages is not None
         average = self.averages[name]
         before = average.clone()
-        now = torch.stack([torch.ones_like(before[0]), cost.detach().mean()])
+        rows_scale = run.node(name)["scale"]  # of a minibatch, whose size may change
+        now = torch.stack([torch.ones_like(before[0]), (cost.detach() / rows_scale).mean()])
         with torch.no_grad():
             average.mul_(self.decay).add_((1.0 - self.decay) * now)
         mean = before[1] / before[0].clamp(min=1e-6)
-        return cost - torch.where(before[0] > 0.0, mean, torch.zeros_like(mean)), 0.0
+        return cost - rows_scale * torch.where(before[0] > 0.0, mean, torch.zeros_like(mean)), 0.0
 
 
 @dataclass(frozen=True, repr=False)
@@ -261,6 +268,8 @@ class NVIL(Reinforce):
     def __post_init__(self) -> None:
         if not 0.0 < self.decay < 1.0:
             raise ValueError(f"NVIL: decay must be within (0, 1), got {self.decay}.")
+        _check_hidden("NVIL", self.hidden)
+        object.__setattr__(self, "networks", _as_networks(self.networks, self.hidden))
 
     @property
     def bias(self) -> str | None:
@@ -296,14 +305,14 @@ class NVIL(Reinforce):
         rows = [v.reshape(len(v), -1) for v in run.batch if v.is_floating_point()]
         predicted = self.networks[_key(name)](torch.cat(rows, -1)).squeeze(-1)
         predicted = predicted if predicted.shape == cost.shape[-1:] else predicted.mean()
-        rows_scale = run.node(name)["scale"]  # of a minibatch: the network learns nats of a row
-        predicted = predicted * rows_scale
-        signal = cost - mean - predicted
+        rows_scale = run.node(name)["scale"]  # of a minibatch: all that is learnt is nats of a row
+        signal = cost / rows_scale - mean - predicted
         with torch.no_grad():
-            now = torch.stack([torch.ones_like(mean), cost.mean(), (cost - mean).square().mean()])
+            left = cost / rows_scale - mean
+            now = torch.stack([torch.ones_like(mean), left.mean() + mean, left.square().mean()])
             self.moments[name].mul_(self.decay).add_((1.0 - self.decay) * now)
-        loss = (signal / rows_scale).square().sum()
-        return (signal / scale if self.normalise else signal), loss
+        loss = signal.square().sum()
+        return rows_scale * (signal / scale if self.normalise else signal), loss
 
 
 class Detached(Messenger):
@@ -525,9 +534,12 @@ class REBAR(_OfBernoulli):
     factors: nn.ParameterDict | None = field(default=None, repr=False)  # of each site
 
     def __post_init__(self) -> None:
-        if not self.temperature > 0.0:
+        if not isinstance(self.temperature, int | float) or not self.temperature > 0.0:
             name = type(self).__name__
-            raise ValueError(f"{name}: temperature must be above 0, got {self.temperature}.")
+            raise ValueError(f"{name}: temperature must be above 0, got {self.temperature!r}.")
+        if isinstance(self.factors, Mapping):
+            factors = {name: nn.Parameter(value) for name, value in self.factors.items()}
+            object.__setattr__(self, "factors", nn.ParameterDict(factors))
 
     def prepared(self, nodes: Mapping[str, Any], batch: Sequence[Tensor]) -> REBAR:
         """Return one with a factor for each site."""
@@ -610,6 +622,11 @@ class RELAX(REBAR):
     hidden: tuple[int, ...] = (100,)
     networks: nn.ModuleDict | None = field(default=None, repr=False)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_hidden("RELAX", self.hidden)
+        object.__setattr__(self, "networks", _as_networks(self.networks, self.hidden))
+
     def prepared(self, nodes: Mapping[str, Any], batch: Sequence[Tensor]) -> RELAX:
         """Return one with a factor and a network for each site."""
         networks = nn.ModuleDict()
@@ -687,20 +704,37 @@ class Enumerate(Score):
     most: int = 4096
     names: tuple[str, ...] = field(default=(), repr=False)
 
+    def __post_init__(self) -> None:
+        check_count("Enumerate", "most", self.most)
+
     def refuses(self, name: str, fn: Any) -> str | None:
         """Say why it does not fit a site: it takes finite supports."""
         if not _base(fn).has_enumerate_support:
             return f"its distribution is {_kind(fn)}, whose support is not finite"
+        try:
+            _number_of_states(fn)
+        except NotImplementedError:  # such as binomials of different totals
+            return f"its distribution is {_kind(fn)}, of elements with different supports"
         return None
+
+    def refuses_all(self, nodes: Mapping[str, Any]) -> str | None:
+        """Say why it does not fit sites together; None if it does."""
+        sizes = {name: _number_of_states(node["fn"]) for name, node in nodes.items()}
+        many = math.prod(sizes.values())
+        if many <= self.most:
+            return None
+        return (
+            f"sites {list(sizes)}: a row has {many:,} joint states of them, more than "
+            f"most={self.most:,}"
+        )
 
     def prepared(self, nodes: Mapping[str, Any], batch: Sequence[Tensor]) -> Enumerate:
         """Return one that knows the sites."""
-        self._count(nodes)
         return _replaced(self, names=tuple(nodes))
 
     def runs(self, nodes: Mapping[str, Any]) -> int:
         """Return the number of joint states."""
-        return self._count(nodes)
+        return math.prod(_number_of_states(node["fn"]) for node in nodes.values())
 
     def handler(self, runs: int) -> Messenger:
         """Return what goes through the states."""
@@ -709,16 +743,6 @@ class Enumerate(Score):
     def surrogate(self, run: Run, name: str) -> Tensor:
         """Return nothing: the sum over states has its own gradient."""
         raise NotImplementedError
-
-    def _count(self, nodes: Mapping[str, Any]) -> int:
-        sizes = {name: _number_of_states(node["fn"]) for name, node in nodes.items()}
-        many = math.prod(sizes.values())
-        if many > self.most:
-            raise ValueError(
-                f"Enumerate: a row has {many:,} joint states of the sites {sizes}, more than "
-                f"most={self.most:,}. Use an estimator that draws, such as DisARM() or LeaveOneOut()."
-            )
-        return many
 
 
 @dataclass(frozen=True)
@@ -796,9 +820,29 @@ def _slopes(run: Run, handler: _Relaxed) -> dict[str, Tensor]:
 
 def _per_row(node: Any, batch: Sequence[Tensor]) -> list[Tensor]:
     """Return the floating arguments that have a row for each of a site's, as matrices."""
-    shape = node["fn"].batch_shape
-    rows = shape[-1] if shape else 1
+    frames = (f for f in node["cond_indep_stack"] if f.name != PARTICLES and f.dim == -1)
+    rows = next((frame.size for frame in frames), None)
     return [v.reshape(len(v), -1) for v in batch if v.is_floating_point() and len(v) == rows]
+
+
+def _check_hidden(name: str, hidden: Any) -> None:
+    if not isinstance(hidden, Sequence) or any(type(n) is not int or n < 1 for n in hidden):
+        raise ValueError(
+            f"{name}: hidden must be positive numbers of units, such as (100,), got {hidden!r}."
+        )
+
+
+def _as_networks(networks: Any, hidden: Sequence[int]) -> Any:
+    """Make networks of their parameters, "KEY.layer.weight" and so on; others are left."""
+    if not isinstance(networks, Mapping):
+        return networks
+    made = nn.ModuleDict()
+    for name, value in networks.items():
+        key, _, first = name.partition(".")
+        if first == "0.weight":
+            made[key] = mlp(value.shape[1], hidden, 1).to(value)
+    made.load_state_dict(networks)
+    return made
 
 
 def _mask(node: Any) -> Tensor | None:
@@ -826,6 +870,6 @@ def _replaced(made: Any, **fields: Any) -> Any:
 
 
 #: All estimators by score, in the order of their age.
-SCORES: tuple[Callable[[], Score], ...] = (
+SCORES: tuple[type[Score], ...] = (
     Reinforce, RunningAverage, NVIL, REBAR, RELAX, LeaveOneOut, ARM, DisARM, Enumerate,
 )  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, Self
 
@@ -18,8 +18,10 @@ from torch.distributions import kl_divergence
 
 from ppl_models.core.checks import check_count
 from ppl_models.core.modes import evaluation_mode
+from ppl_models.core.random import seeded
 from ppl_models.core.sites import (
     accepts_size,
+    base_distribution,
     describe_program,
     recorded,
     stochastic_nodes,
@@ -34,6 +36,7 @@ from ppl_models.core.traces import (
     run_pair,
     vectorizes,
 )
+from ppl_models.core.types import Refinable
 from ppl_models.infer.dependencies import Dependencies, dependencies
 from ppl_models.infer.gradients import (
     SCORES,
@@ -63,7 +66,7 @@ class Bound(abc.ABC):
     plate_dims: int | None = None
     depends: Dependencies | None = field(default=None, repr=False, compare=False)
     runs: int = field(default=1, repr=False)
-    sites: frozenset[str] | None = field(default=None, repr=False, compare=False)
+    sites: Collection[str] | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         name = type(self).__name__
@@ -110,6 +113,11 @@ class Bound(abc.ABC):
         """Return what is trained along with model and guide, once it is prepared."""
         return [] if self.score is None else self.score.parameters()
 
+    def arguments(self) -> dict[str, Any]:
+        """Return what it can be made from again, what its estimator has learnt included."""
+        found = {f.name: getattr(self, f.name) for f in fields(self)}
+        return found | {"depends": None, "plate_dims": None}  # of programs; `prepare` looks again
+
     def prepare(
         self,
         model: Callable[..., Any],
@@ -120,12 +128,14 @@ class Bound(abc.ABC):
         """Take, once and before the first step, every decision that needs a look at the programs.
 
         Estimators that learn, such as `NVIL`, begin anew, but for those of an objective that was
-        prepared for the same sites: these go on.
+        prepared for the same sites and arguments, of the same shapes: these go on.
 
         Raises:
             ValueError: If particles are vectorised and the programs do not carry them, or an
                 estimator does not fit a site.
         """
+        if plate != self.plate:
+            return replace(self, plate=plate).prepare(model, guide, *batch, plate=plate)
         name = type(self).__name__
         with evaluation_mode(model, guide), torch.set_grad_enabled(self.path is not None):
             _, dims = joint_table(model, guide, *batch)
@@ -135,7 +145,8 @@ class Bound(abc.ABC):
         scored = {n: node for n, node in _latents(pair) if self._is_scored(node)}
         self._check(pair, scored, model, guide)
         score = self.score
-        if score is not None and self.sites != frozenset(scored):  # else it goes on as it is
+        sites = _signature(scored, batch)
+        if score is not None and self.sites != sites:  # else it goes on as it is
             score = score.prepared(scored, batch)
         runs = 1 if score is None else score.runs(scored)
         if (self.particles > 1 or runs > 1) and self.vectorized:
@@ -152,12 +163,20 @@ class Bound(abc.ABC):
         return replace(
             self,
             score=score,
-            plate=plate,
             plate_dims=dims,
             runs=runs,
-            sites=frozenset(scored),
+            sites=sites,
             depends=dependencies(model, guide, *batch) if scored else None,
         )
+
+    def _misfit(self, score: Score, pair: Pair, scored: Mapping[str, Any]) -> str | None:
+        """Say which site an estimator does not fit, and why."""
+        found = ((site, score.refuses(site, node["fn"])) for site, node in scored.items())
+        return next((f"site '{site}': {reason}" for site, reason in found if reason), None)
+
+    def _loses(self, node: Any) -> bool:
+        """Whether no gradient reaches the parameters of a site."""
+        return self._is_everywhere and isinstance(base_distribution(node["fn"]), Delta)
 
     @property
     def _at_once(self) -> bool:
@@ -184,13 +203,17 @@ class Bound(abc.ABC):
                     f"{sites}, carry their gradients. Leave score out, or compare with "
                     "score=Reinforce(everywhere=True)."
                 )
-            for site, node in scored.items():
-                if reason := self.score.refuses(site, node["fn"]):
-                    fitting = [m.__name__ for m in SCORES if m().refuses(site, node["fn"]) is None]
-                    raise ValueError(
-                        f"{name}: score={self.score!r} does not fit site '{site}': {reason}. "
-                        f"Estimators that do: {', '.join(fitting)}."
-                    )
+            if reason := self._misfit(self.score, pair, scored):
+                fitting = [m.__name__ for m in SCORES if not self._misfit(m(), pair, scored)]
+                raise ValueError(
+                    f"{name}: score={self.score!r} does not fit {reason}. Estimators that do: "
+                    f"{', '.join(fitting)}."
+                )
+        if points := [n for n, node in _latents(pair) if self._loses(node)]:
+            raise ValueError(
+                f"{name}: site '{points[0]}' is a point (Delta), which learns by the gradient of its "
+                f"draw alone, and {self!r} takes none. Use ELBO()."
+            )
         if self.path is None:
             return
         if scored:
@@ -307,24 +330,30 @@ class ELBO(Bound):
             raise ValueError("ELBO: path=DReG() is for IWAE; here it is StickingTheLanding().")
         if self.analytic_kl and self.path is not None:
             raise ValueError("ELBO: give either analytic_kl or path; got both.")
-        if not isinstance(self.kl_weight, Tensor) and not self.kl_weight >= 0.0:
-            raise ValueError(f"ELBO: kl_weight must be at least 0, got {self.kl_weight}.")
+        weight = self.kl_weight
+        is_number = isinstance(weight, int | float) or (
+            isinstance(weight, Tensor) and weight.ndim == 0
+        )
+        if not is_number or not 0.0 <= float(weight) < math.inf:
+            raise ValueError(
+                f"ELBO: kl_weight must be a number or a tensor of shape (), at least 0, got {weight!r}."
+            )
 
-    def _check(self, pair: Pair, scored: Mapping[str, Any], model: Any, guide: Any) -> None:
-        super()._check(pair, scored, model, guide)
-        if not isinstance(self.score, Enumerate):
-            return
+    def _misfit(self, score: Score, pair: Pair, scored: Mapping[str, Any]) -> str | None:
+        reason = super()._misfit(score, pair, scored)
+        if reason or not isinstance(score, Enumerate):
+            return reason
         by_row = _rows_of(pair, self.plate) is not None
         allowed = {self.plate} if by_row else set()
         for site, node in scored.items():
             if other := {f.name for f in node["cond_indep_stack"]} - allowed:
-                raise ValueError(
-                    f"ELBO: score={self.score!r} goes through the joint states of a row if all sites "
-                    f"are in plate '{self.plate}' and in no other, or of latents that all rows "
-                    f"share; site '{site}' is in {sorted(other)}. Let the guide leave it out and mark "
-                    "it for enumeration, with objective=pyro.infer.TraceEnum_ELBO(); or use "
-                    "score=LeaveOneOut()."
+                return (
+                    f"site '{site}': it goes through the joint states of a row if all sites are in "
+                    f"plate '{self.plate}' and in no other, or of latents that all rows share, and "
+                    f"this is in {sorted(other)}; a guide may leave it out and mark it for "
+                    "enumeration, with objective=pyro.infer.TraceEnum_ELBO()"
                 )
+        return score.refuses_all(scored)
 
     def __call__(
         self, model: Callable[..., Any], guide: Callable[..., Any], *batch: Tensor
@@ -373,16 +402,18 @@ class ELBO(Bound):
 
     def _summed(self, pair: Pair) -> tuple[Tensor, Tensor]:
         """Return surrogate and bound of a run over all states: the sum, which is both."""
-        weights, scale = row_weights(pair, self.plate)
         rows = _rows_of(pair, self.plate)
         latents = dict(_latents(pair))
         scored = [node for node in latents.values() if self._is_scored(node)]
-        shares = _row_sum(pair, scored, rows, masked=False).exp()
-        bound = (scale * shares * weights).sum().detach()
-        of_latents = [n for h, name, n in _nodes(pair) if h == "model" and name in latents]
-        prior = _row_sum(pair, of_latents, rows) - _row_sum(pair, latents.values(), rows)
-        weighted = weights + (self.kl_weight - 1.0) * prior
-        return (scale * shares * weighted).sum() / self.particles, bound / self.particles
+        shares = _row_sum(pair, scored, rows, as_they_are=True).exp()
+        terms, of_latents = torch.zeros(()), torch.zeros(())
+        for half, name, node in _nodes(pair):
+            value = _kept(node["log_prob"], node, rows) * (1.0 if half == "model" else -1.0)
+            terms = terms + value
+            of_latents = of_latents + value if name in latents else of_latents
+        bound = (shares * terms).sum().detach()
+        weighted = terms + (self.kl_weight - 1.0) * of_latents
+        return (shares * weighted).sum() / self.particles, bound / self.particles
 
     @property
     def _draws(self) -> int:
@@ -595,6 +626,13 @@ class ReweightedWakeSleep(Bound):
 
     def _check(self, pair: Pair, scored: Mapping[str, Any], model: Any, guide: Any) -> None:
         super()._check(pair, scored, model, guide)
+        row_weights(pair, self.plate)  # refuses what has none
+        if self.guide != "wake" and isinstance(guide, Refinable):
+            raise ValueError(
+                f"ReweightedWakeSleep: guide={self.guide!r} learns from rows that the model has drawn, "
+                f"and {describe_program(guide)} has parameters of each row of the data. Use "
+                "guide='wake', or a guide that reads rows, such as Amortized."
+            )
         if self.guide != "wake" and not accepts_size(model):
             raise ValueError(
                 f"ReweightedWakeSleep: guide={self.guide!r} learns from draws of the model, so it must "
@@ -602,8 +640,31 @@ class ReweightedWakeSleep(Bound):
                 "model such an argument."
             )
 
+    def prepare(
+        self,
+        model: Callable[..., Any],
+        guide: Callable[..., Any],
+        *batch: Tensor,
+        plate: str = "data",
+    ) -> Self:
+        """Take every decision that needs a look at the programs: see `Bound.prepare`."""
+        ready = super().prepare(model, guide, *batch, plate=plate)
+        if self.guide != "wake":
+            with evaluation_mode(model, guide), seeded(0):
+                many = len(_dreams(model, len(batch[0])))
+            if many != len(batch):
+                raise ValueError(
+                    f"ReweightedWakeSleep: guide={self.guide!r} gives the guide what model(size=n) "
+                    f"returns, and that must be a tensor for each of its {len(batch)} arguments; "
+                    f"{describe_program(model)} returns {many}. Use guide='wake'."
+                )
+        return ready
+
     def _is_scored(self, node: Any) -> bool:
         return False
+
+    def _loses(self, node: Any) -> bool:
+        return isinstance(base_distribution(node["fn"]), Delta)
 
     def _handler(self) -> Messenger:
         return Detached()
@@ -633,11 +694,17 @@ class ReweightedWakeSleep(Bound):
         return surrogate, (scale * _log_mean(joined)).sum()
 
 
+def _dreams(model: Any, size: int) -> tuple[Tensor, ...]:
+    """Return rows that the model draws."""
+    with torch.no_grad():
+        drawn = model(size=size)
+    return drawn if isinstance(drawn, tuple) else (drawn,)
+
+
 def _asleep(model: Any, guide: Any, *batch: Tensor) -> Tensor:
     """Return log q(z | x), summed, of latents and rows that the model has drawn."""
-    with torch.no_grad(), recorded(model) as told:
-        drawn = model(size=len(batch[0]))
-    dreams = drawn if isinstance(drawn, tuple) else (drawn,)
+    with recorded(model) as told:
+        dreams = _dreams(model, len(batch[0]))
     with recorded(guide) as guided:
         poutine.replay(guide, trace=told.trace)(*dreams)
     guided.trace.compute_log_prob()
@@ -659,6 +726,18 @@ class _Fixed:
         pairs = zip(slopes, self.draws.values(), strict=True)
         parts = [(slope * draw).sum() for slope, draw in pairs if slope is not None]
         return sum(parts, torch.zeros(()))
+
+
+def _signature(scored: Mapping[str, Any], batch: Sequence[Tensor]) -> tuple[str, ...]:
+    """Say in words what an estimator that learns is made for."""
+    return (
+        *(
+            f"{name}: {tuple(node['fn'].event_shape)} {node['log_prob'].dtype} "
+            f"{node['log_prob'].device}"
+            for name, node in scored.items()
+        ),
+        *(f"argument {i}: {tuple(v.shape[1:])} {v.dtype}" for i, v in enumerate(batch)),
+    )
 
 
 def _same(one: Any, other: Any) -> bool:
@@ -722,16 +801,22 @@ def _rows_of(pair: Pair, plate: str) -> str | None:
     return plate if all(plate in _dims(node) for _, _, node in _nodes(pair)) else None
 
 
-def _row_sum(pair: Pair, nodes: Iterable[Any], plate: str | None, *, masked: bool = True) -> Tensor:
-    """Sum log densities, not scaled, over all but particles and rows: (K, N), or (K, 1)."""
+def _row_sum(
+    pair: Pair, nodes: Iterable[Any], plate: str | None, *, as_they_are: bool = False
+) -> Tensor:
+    """Sum log densities, masked and not scaled, over all but particles and rows: (K, N), or (K, 1)."""
     total: Tensor | float = 0.0
     for node in nodes:
-        mask = node["mask"] if masked else None
-        value = scale_and_mask(node["unscaled_log_prob"], 1.0, mask)
-        dims = _dims(node)
-        total = total + keep(value, dims.get(PARTICLES), dims[plate] if plate else None)
+        mask = None if as_they_are else node["mask"]
+        total = total + _kept(scale_and_mask(node["unscaled_log_prob"], 1.0, mask), node, plate)
     assert isinstance(total, Tensor)
     return total.expand(pair.particles or 1, -1)
+
+
+def _kept(value: Tensor, node: Any, plate: str | None) -> Tensor:
+    """Sum what a site has over all but particles and rows."""
+    dims = _dims(node)
+    return keep(value, dims.get(PARTICLES), dims[plate] if plate else None)
 
 
 def _dims(node: Any) -> dict[str, int]:

@@ -68,7 +68,8 @@ class Fit:
         settings: What was asked for, in words and numbers that JSON can hold.
         example: The first rows of the data, two at most: what a saved run is rebuilt with.
         objective: What was ascended, with what its estimators have learnt: `fit` and
-            `gradient_variance` go on with it. None in a run that was loaded.
+            `gradient_variance` go on with it. In a run that was loaded, None for what is not the
+            library's own.
     """
 
     model: Callable[..., Any] = field(repr=False)

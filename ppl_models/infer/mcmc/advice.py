@@ -101,7 +101,7 @@ def _runs_off(posterior: Posterior) -> str | None:
 
 
 def _mixing(posterior: Posterior, table: pd.DataFrame) -> str | None:
-    worst, least = (table[name].dropna() for name in ("r_hat", "ess_bulk"))
+    worst, least = (table[name].dropna().to_numpy() for name in ("r_hat", "ess_bulk"))
     if posterior.chains == 1 and least.size:
         few = "" if least.min() >= 100 else f" ESS falls to {least.min():.0f}: run longer."
         return f"One chain has no R-hat, and cannot show that it missed a mode: run 4 or more.{few}"

@@ -328,7 +328,7 @@ class Density:
 
     def _settle(self) -> None:
         """Find by trials how the model can be run; refuse one that has no density."""
-        u = _points(self.dim, 2).to(self.device, self.dtype)
+        u = self._points(2)
         alone = self._take_precision(u)
         self._refuse_noise(u[:, 0])
         self._refuse_flat(u, *alone)
@@ -348,7 +348,14 @@ class Density:
         self._batch, self.targets = whole, targets
         if self.reason is not None:  # what a loop can do may depend on values: look at more of them
             with self._conditions(), torch.no_grad():
-                self._one_by_one(_points(self.dim, 16).to(u) * 3)
+                self._one_by_one(self._points(16, spread=1.5))
+
+    def _points(self, count: int, *, spread: float = 0.5) -> Tensor:
+        """Return points to try the density at, (dim, count), units at 0 or 1."""
+        generator = torch.Generator().manual_seed(0)
+        u = spread * torch.randn(self.dim, count, generator=generator)
+        u = u.to(self.device, self.dtype)
+        return torch.where(self.binary.unsqueeze(1), (u > 0.0).to(u), u)
 
     def _take_precision(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """Take the highest precision in which the model runs, and return a few densities."""
@@ -408,7 +415,7 @@ class Density:
         whole, targets = self._batch, self.targets
         self._batch, self.targets = tuple(value[:count] for value in whole), count
         try:
-            values = self.constrain(_points(self.dim, count).T.to(self.device, self.dtype)[None])
+            values = self.constrain(self._points(count).T[None])
             axes = {part.name: part.axis for part in self._parts.values()}
             together = self._joint({name: value[0] for name, value in values.items()}, self._batch)
             apart = [
@@ -541,10 +548,6 @@ def _to_targets(value: Tensor, part: Part | None) -> Tensor:
     if part is None or part.axis is None:
         return value.unsqueeze(1)
     return value.movedim(part.axis, 1).unsqueeze(part.axis)
-
-
-def _points(dim: int, count: int) -> Tensor:
-    return torch.randn(dim, count, generator=torch.Generator().manual_seed(0)) / 2
 
 
 def _firsts(batch: Batch) -> list[int]:

@@ -1,7 +1,7 @@
 """Gibbs with gradients: binary latents, one flip at a time; NUTS moves the continuous ones.
 
-Which unit is flipped is drawn from all of them, by what the gradient says each flip would gain; the
-flip is accepted as Metropolis and Hastings say, so that the draws are those of the posterior however
+Which unit is flipped is drawn from all of them, by what the gradient says each flip would gain, or in
+a quarter of cases by luck alone; the flip is accepted as Metropolis and Hastings say, so that the draws are those of the posterior however
 good that guess is. Where a model has continuous latents too, each draw ends with a transition of
 NUTS, given the binary ones.
 
@@ -11,6 +11,7 @@ Source:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, NamedTuple
@@ -25,6 +26,8 @@ from ppl_models.infer.mcmc.hashing import Stream, streams, uniforms
 from ppl_models.infer.mcmc.loop import Loop
 from ppl_models.infer.mcmc.nuts import LogDensity, put
 from ppl_models.infer.mcmc.samplers import GibbsWithGradients
+
+BLIND = 0.25  # share of flips that are proposed without a look at the gradient
 
 
 class State(NamedTuple):
@@ -63,9 +66,16 @@ def flip(
     luck = uniforms(stream, dim + 1).to(s.w.dtype)
 
     def choices(w: Tensor, g: Tensor) -> Tensor:
-        """Log probabilities of the flips, half of what each would gain."""
-        half = torch.where(binary, 0.5 * (1.0 - 2.0 * w) * g, -torch.inf)
-        return half - torch.logsumexp(half, 0)
+        """Log probabilities of the flips, by half of what each would gain; some of them by luck.
+
+        A gradient that promises what no flip holds, or is none, would else propose it for ever.
+        """
+        gain = torch.nan_to_num((1.0 - 2.0 * w) * g)
+        half = torch.where(binary, 0.5 * gain, -torch.inf)
+        half = half - half.amax(0)  # first: beside a huge one the logarithm of a sum is lost
+        told = math.log1p(-BLIND) + half - torch.logsumexp(half, 0)
+        blind = torch.where(binary, BLIND / binary.sum(), 0.0).log()
+        return torch.logaddexp(told, blind.to(told))
 
     there = choices(s.w, s.g)
     score = there - torch.log(-torch.log(luck[:dim]))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ppl_models.core.checks import check_count
+
 
 @dataclass(frozen=True)
 class NUTS:
@@ -57,8 +59,8 @@ class GibbsWithGradients:
     nuts: NUTS = NUTS()
 
     def __post_init__(self) -> None:
-        if self.flips is not None and self.flips < 1:
-            raise ValueError(f"GibbsWithGradients: flips must be at least 1, got {self.flips}.")
+        if self.flips is not None:
+            check_count("GibbsWithGradients", "flips", self.flips)
         if not isinstance(self.nuts, NUTS):
             raise ValueError(
                 f"GibbsWithGradients: nuts must be an instance such as NUTS(), got {self.nuts!r}."

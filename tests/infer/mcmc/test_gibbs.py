@@ -212,6 +212,37 @@ def test_chains_start_at_a_guide() -> None:
     assert found["h2"].shape == (2, 5, 4, 2)
 
 
+def _root(b: Tensor) -> Any:
+    return dist.Normal(2.0 * b**0.5, 1.0)  # at 0 its gradient is infinite, or no number
+
+
+def _steep(b: Tensor) -> Any:
+    return dist.Normal(0.0, 0.2 + 9.0 * b)  # at 0 the gradient promises what no flip holds
+
+
+def _index(b: Tensor) -> Any:
+    return dist.Normal(torch.tensor([0.0, 3.0])[b.long()], 1.0)  # no gradient, and no other values
+
+
+@pytest.mark.parametrize("likelihood", [_root, _steep, _index])
+def test_draws_are_right_whatever_the_gradient_is_worth(likelihood: Any) -> None:
+    y = torch.tensor([1.0, 3.0, 0.0, 9.0])
+
+    def model(y: Tensor) -> None:
+        with pyro.plate("data", len(y)):
+            b = pyro.sample("b", dist.Bernoulli(0.2))
+            pyro.sample("y", likelihood(b), obs=y)
+
+    one, zero = (likelihood(torch.full((4,), b)).log_prob(y) for b in (1.0, 0.0))
+    exact = torch.sigmoid(one - zero + math.log(0.2 / 0.8))
+    found = sample(
+        model, y, sampler=GibbsWithGradients(), chains=8, draws=500, warmup=20, seed=0,
+        progress=False,
+    )["b"].double().mean((0, 1))  # fmt: skip
+    error = (exact * (1.0 - exact) / 1000).sqrt() + 1e-3  # of 4000 draws, an effective quarter
+    assert ((found - exact).abs() < 4.0 * error).all()
+
+
 def test_what_does_not_fit_is_refused() -> None:
     def categories(y: Tensor) -> None:
         k = pyro.sample("k", dist.Categorical(torch.ones(3) / 3))
