@@ -9,11 +9,13 @@ from typing import Any
 
 from guides import families
 from guides.amortized import Amortized
+from guides.dlgm import Ladder
 from guides.exact import Exact
 from guides.local import Local
 from ppl_models.core.batch import as_batch
 from ppl_models.core.sites import describe, example_batch, site_table
 from ppl_models.core.table import text_table
+from ppl_models.dlgm import DeepLatentGaussian
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,11 @@ def for_model(model: Callable[..., Any], *, example: Any = None, plate: str = "d
         ),
         ("Exact(model)", lambda: Exact(model, example=batch, plate=plate), "the posterior itself"),
     ]
+    if isinstance(model, DeepLatentGaussian):  # a guide made for one model is not listed for others
+        why = (
+            "top-down: at each layer the prior meets what the data say; needs kl_weight to warm up"
+        )
+        tries.append(("Ladder(model)", lambda: Ladder(model, example=batch, plate=plate), why))
     choices = []
     for name, make, good_for in tries:
         try:

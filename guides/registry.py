@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from guides import families
 from guides.amortized import Amortized
+from guides.dlgm import Ladder
 from guides.exact import Exact
 from guides.flows import zuko
 from guides.local import Local
@@ -19,6 +20,7 @@ from ppl_models.core.random import seeded
 from ppl_models.core.sites import example_batch
 from ppl_models.core.types import Batch, Objective
 from ppl_models.data.dataset import Binarize, Dataset
+from ppl_models.dlgm import DeepLatentGaussian
 from ppl_models.factor_analysis import FactorAnalysis
 from ppl_models.infer.gradients import SCORES, DisARM, DReG, StickingTheLanding
 from ppl_models.infer.objectives import ELBO, IWAE, VIMCO, ReweightedWakeSleep
@@ -108,6 +110,10 @@ def _sbn() -> SigmoidBeliefNetwork:
     return SigmoidBeliefNetwork(data_dim=6, latent_dims=(3, 2))
 
 
+def _dlgm() -> DeepLatentGaussian:
+    return DeepLatentGaussian(data_dim=6, latent_dims=(3, 2), hidden=(4,))
+
+
 def _evidence(model: Any, batch: Batch) -> Tensor:
     return model.log_evidence(*batch)
 
@@ -185,6 +191,17 @@ PAIRS: tuple[Pair, ...] = (
     ),
     Pair("vae-convolutional", _convolutional_vae, _convolutional_guide),
     Pair(
+        "dlgm-bottom-up",
+        _dlgm,
+        lambda model, rows: Amortized(model, hidden=(8,), bottom_up=True),
+    ),
+    Pair("dlgm-ladder", _dlgm, lambda model, rows: Ladder(model, hidden=(8,))),
+    Pair(
+        "dlgm-local",
+        lambda: DeepLatentGaussian.relu(6, 2, hidden=4),
+        lambda model, rows: Local(model, rows=rows),
+    ),
+    Pair(
         "sbn-amortized",
         _sbn,
         lambda model, rows: Amortized(model, hidden=(8,), bottom_up=True),
@@ -238,6 +255,14 @@ MODELS: Mapping[str, ModelEntry] = {
             ("amortized", "local", "flow"),
         ),
         ModelEntry(
+            "dlgm",
+            "deep latent Gaussian model: layers of normal latents, binary pixels",
+            lambda data, **sizes: DeepLatentGaussian(data.x.shape[-1], **sizes),
+            {"latent_dims": (16, 8), "hidden": (64,)},
+            "threshold",
+            ("bottom-up", "amortized", "local"),
+        ),
+        ModelEntry(
             "sbn",
             "sigmoid belief network: layers of binary latents, binary pixels",
             lambda data, **sizes: SigmoidBeliefNetwork(data.x.shape[-1], **sizes),
@@ -261,6 +286,7 @@ GUIDES: Mapping[str, Callable[[Any, int, Sequence[int]], Any]] = {
     "full": lambda model, rows, hidden: Amortized(
         model, hidden=hidden, family=families.FullNormal()
     ),
+    "ladder": lambda model, rows, hidden: Ladder(model, hidden=hidden),
     "local": lambda model, rows, hidden: Local(model, rows=rows),
     "low-rank": lambda model, rows, hidden: Amortized(
         model, hidden=hidden, family=families.LowRankNormal()
@@ -276,9 +302,16 @@ _PRIORS += ("LogNormal", "Normal", "StudentT")
 BLOCKS: Mapping[str, Callable[..., Any]] = {
     **{
         f"models.{made.__name__}": made
-        for made in (PPCA, FactorAnalysis, VAE, SigmoidBeliefNetwork, Bayesian)
+        for made in (
+            PPCA,
+            FactorAnalysis,
+            VAE,
+            DeepLatentGaussian,
+            SigmoidBeliefNetwork,
+            Bayesian,
+        )
     },
-    **{f"guides.{made.__name__}": made for made in (Amortized, Exact, Local)},
+    **{f"guides.{made.__name__}": made for made in (Amortized, Exact, Ladder, Local)},
     **{f"families.{family.name}": type(family) for family in families.ALL},
     **{f"likelihoods.{made.__name__}": made for made in (Bernoulli, Categorical, Gaussian)},
     **{f"flows.{name}": getattr(zuko.flows, name) for name in _FLOWS},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float
@@ -11,13 +11,22 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 
-def mlp(inputs: int, hidden: Sequence[int], outputs: int | None = None) -> nn.Sequential:
+def mlp(
+    inputs: int,
+    hidden: Sequence[int],
+    outputs: int | None = None,
+    *,
+    activation: Callable[[], nn.Module] = nn.Tanh,
+    bias: bool = True,
+) -> nn.Sequential:
     """Build a tanh network, as in the lecture: h = tanh(W x + b), and a linear layer on top.
 
     Arguments:
         inputs: Input features.
         hidden: Features of each hidden layer; an empty sequence leaves the linear layer only.
         outputs: Features of the linear layer on top, or None to end with the last hidden layer.
+        activation: What is in place of tanh.
+        bias: Whether there is a b.
 
     Example:
         >>> mlp(4, (8,), 2)(torch.zeros(3, 4)).shape
@@ -25,10 +34,10 @@ def mlp(inputs: int, hidden: Sequence[int], outputs: int | None = None) -> nn.Se
     """
     layers: list[nn.Module] = []
     for features in hidden:
-        layers += [nn.Linear(inputs, features), nn.Tanh()]
+        layers += [nn.Linear(inputs, features, bias=bias), activation()]
         inputs = features
     if outputs is not None:
-        layers.append(nn.Linear(inputs, outputs))
+        layers.append(nn.Linear(inputs, outputs, bias=bias))
     return nn.Sequential(*layers)
 
 
