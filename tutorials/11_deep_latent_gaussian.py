@@ -123,6 +123,7 @@ def trained(make, layers=layers, warm_up=0.0):
         lr=3e-3,
         seed=0,
         callbacks=[rise],
+        progress=False,
     )
     return model, guide, result
 
