@@ -25,6 +25,7 @@ from guides.conditionals import (
     Lastwise,
     LowRankCovariance,
     SmoothElements,
+    is_half_line,
 )
 from guides.flows import zuko
 from ppl_models.core.sites import Site, base_support, describe
@@ -190,7 +191,7 @@ class Gamma(_OneSupport):
     wants = "positive values"
 
     def _serves(self, base: constraints.Constraint) -> bool:
-        return _is_half_line(base)
+        return is_half_line(base)
 
     def _build(self, site: Site) -> Conditional:
         return Elementwise(site, 2, lambda a, b: dist.Gamma(a.exp(), b.exp()))
@@ -361,11 +362,6 @@ def default(site: Site) -> Family:
         f"no family can serve site '{site.name}' with support {describe(site.support)}. Write a "
         "`families.Family` for it and pass family={'" + site.name + "': YourFamily()}."
     )
-
-
-def _is_half_line(base: constraints.Constraint) -> bool:
-    half_lines = (type(constraints.positive), type(constraints.nonnegative))
-    return isinstance(base, half_lines) and not torch.as_tensor(base.lower_bound).any()
 
 
 def _upper(base: Any) -> int | None:

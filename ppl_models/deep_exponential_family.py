@@ -219,8 +219,8 @@ class DeepExponentialFamily(NamedModule):
             raise ValueError(
                 f"top_words: weights must have shape {want}, got {tuple(weights.shape)}."
             )
-        best = weights.detach().topk(n).indices.tolist()
-        return [[vocabulary[place] for place in row] for row in best]
+        best = weights.detach().topk(n).indices
+        return [[vocabulary[int(place)] for place in row] for row in best]
 
     def _layer(self, level: int, parameter: Tensor) -> Distribution:
         """Return the distribution of a layer: by its mean if that is positive, by logits, by loc."""
