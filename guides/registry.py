@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import pyro.distributions as dist
+import torch
 from torch import Tensor, nn
 
 from guides import families
 from guides.amortized import Amortized
+from guides.deep_exponential_family import LogCounts, start_near
 from guides.exact import Exact
 from guides.flows import zuko
 from guides.local import Local
@@ -19,6 +21,7 @@ from ppl_models.core.random import seeded
 from ppl_models.core.sites import example_batch
 from ppl_models.core.types import Batch, Objective
 from ppl_models.data.dataset import Binarize, Dataset
+from ppl_models.deep_exponential_family import DeepExponentialFamily
 from ppl_models.factor_analysis import FactorAnalysis
 from ppl_models.infer.gradients import DisARM
 from ppl_models.infer.objectives import ELBO
@@ -106,6 +109,10 @@ def _convolutional_guide(model: Any, rows: int) -> Amortized:
 
 def _sbn() -> SigmoidBeliefNetwork:
     return SigmoidBeliefNetwork(data_dim=6, latent_dims=(3, 2))
+
+
+def _def(family: str | tuple[str, ...] = "gamma", **options: Any) -> DeepExponentialFamily:
+    return DeepExponentialFamily(6, (3, 2), family, shape=0.5, **options)
 
 
 def _evidence(model: Any, batch: Batch) -> Tensor:
@@ -198,6 +205,26 @@ PAIRS: tuple[Pair, ...] = (
         evidence=_evidence,
         sampled=False,
     ),
+    Pair(
+        "def-local",
+        _def,
+        lambda model, rows: start_near(Local(model, rows=rows), torch.ones(rows, 6)),
+        row_wise=False,
+    ),
+    Pair(
+        "def-gamma",
+        lambda: _def(latent_weights=False),
+        lambda model, rows: Amortized(
+            model, encoder=LogCounts(6, (8,)), family=families.Gamma(), mean_field=True
+        ),
+    ),
+    Pair(
+        "def-mixed",
+        lambda: _def(("bernoulli", "normal"), observation="normal"),
+        lambda model, rows: Amortized(model, hidden=(8,), bottom_up=True),
+        sampled=False,
+        row_wise=False,
+    ),
 )
 
 MODELS: Mapping[str, ModelEntry] = {
@@ -276,9 +303,17 @@ _PRIORS += ("LogNormal", "Normal", "StudentT")
 BLOCKS: Mapping[str, Callable[..., Any]] = {
     **{
         f"models.{made.__name__}": made
-        for made in (PPCA, FactorAnalysis, VAE, SigmoidBeliefNetwork, Bayesian)
+        for made in (
+            PPCA,
+            FactorAnalysis,
+            VAE,
+            SigmoidBeliefNetwork,
+            DeepExponentialFamily,
+            Bayesian,
+        )
     },
     **{f"guides.{made.__name__}": made for made in (Amortized, Exact, Local)},
+    "encoders.LogCounts": LogCounts,
     **{f"families.{family.name}": type(family) for family in families.ALL},
     **{f"likelihoods.{made.__name__}": made for made in (Bernoulli, Categorical, Gaussian)},
     **{f"flows.{name}": getattr(zuko.flows, name) for name in _FLOWS},
