@@ -118,7 +118,7 @@ class DeepExponentialFamily(NamedModule):
         if observation == "normal":
             self.log_noise_scale = nn.Parameter(torch.zeros(()))
         self._like: Tensor  # precision and device, where there is no parameter
-        self.register_buffer("_like", torch.zeros(()), persistent=False)
+        self.register_buffer("_like", torch.zeros(()))
 
     def forward(
         self, x: Float[Tensor, "N D"] | None = None, *, size: int | None = None
