@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pyro.distributions as dist
 import pytest
+import scipy.sparse
 import torch
 from pyro import poutine
 from scipy import integrate, stats
@@ -453,6 +454,19 @@ def test_top_words_are_those_of_the_largest_weights() -> None:
 def test_what_makes_no_model_is_refused(options: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         DeepExponentialFamily(**({"data_dim": 4, "latent_dims": (3, 2)} | options))
+
+
+def test_sparse_counts_train_as_dense_ones() -> None:
+    torch.manual_seed(7)
+    x = torch.poisson(torch.rand(12, 5))
+    bounds = []
+    for form in (x, x.to_sparse(), scipy.sparse.csr_matrix(x.numpy())):
+        torch.manual_seed(8)
+        model = DeepExponentialFamily(5, (3,))
+        guide = Local(model, rows=12)
+        bounds.append(fit(model, guide, form, steps=3, batch_size=4, seed=0).bounds)
+    assert torch.equal(bounds[0], bounds[1])
+    assert torch.equal(bounds[0], bounds[2])
 
 
 @pytest.mark.parametrize(
