@@ -25,8 +25,10 @@ LEAST = 0.01  # of the mean of all columns: what a column of zeros starts from
 class LogCounts(nn.Module):
     """A tanh network that reads log(1 + x): an encoder for counts, whose range is wide.
 
+    Of values below 0 it reads -log(1 - x). Rows of any shape are flattened.
+
     Arguments:
-        data_dim: Columns of the counts.
+        data_dim: Columns of the counts, or elements of a row.
         hidden: Units of each tanh layer, at least one.
 
     Example:
@@ -50,7 +52,7 @@ class LogCounts(nn.Module):
 
     def forward(self, x: Float[Tensor, "N D"]) -> Float[Tensor, "N H"]:
         """Return features of rows."""
-        return self.net(x.log1p())
+        return self.net((x.sign() * x.abs().log1p()).reshape(len(x), -1))
 
 
 def start_near(

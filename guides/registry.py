@@ -17,8 +17,9 @@ from guides.exact import Exact
 from guides.flows import zuko
 from guides.local import Local
 from ppl_models.core.checks import check_known
+from ppl_models.core.dynamic import Dynamic
 from ppl_models.core.random import seeded
-from ppl_models.core.sites import example_batch
+from ppl_models.core.sites import example_batch, site_table
 from ppl_models.core.types import Batch, Objective
 from ppl_models.data.dataset import Binarize, Dataset
 from ppl_models.deep_exponential_family import DeepExponentialFamily
@@ -113,6 +114,28 @@ def _sbn() -> SigmoidBeliefNetwork:
 
 def _def(family: str | tuple[str, ...] = "gamma", **options: Any) -> DeepExponentialFamily:
     return DeepExponentialFamily(6, (3, 2), family, shape=0.5, **options)
+
+
+def _def_near(data: Dataset, latent_dims: Sequence[int]) -> DeepExponentialFamily:
+    """Make one for the kind of values that there are, started near their means."""
+    x = data.x.draw(seed=0) if isinstance(data.x, Dynamic) else data.x
+    counts = bool(((x >= 0) & (x == x.round())).all())
+    observation = "bernoulli" if data.binarize else "poisson" if counts else "normal"
+    model = DeepExponentialFamily(
+        x.shape[-1], latent_dims, observation=observation, latent_weights=False
+    )
+    start_near(Local(model, rows=len(x)), x)  # for what it sets of the model; the guide is let go
+    return model
+
+
+def _log_counts(model: Any, hidden: Sequence[int]) -> Amortized:
+    """Make a guide that reads log(1 + x), gamma where latents are positive."""
+    batch = example_batch(model, size=2)
+    gamma = families.Gamma()
+    sites = site_table(model, *batch).locals
+    family = {site.name: gamma for site in sites if gamma.refuses(site) is None}
+    encoder = LogCounts(batch[0][0].numel(), hidden)
+    return Amortized(model, encoder=encoder, family=family, mean_field=True)
 
 
 def _evidence(model: Any, batch: Batch) -> Tensor:
@@ -273,6 +296,14 @@ MODELS: Mapping[str, ModelEntry] = {
             ("bottom-up", "amortized", "local"),
             ELBO(score=DisARM()),
         ),
+        ModelEntry(
+            "def",
+            "deep exponential family: layers of sparse positive latents; counts, 0 or 1, real values",
+            lambda data, **sizes: _def_near(data, **sizes),
+            {"latent_dims": (20, 10)},
+            None,
+            ("log-counts", "amortized", "local"),
+        ),
     )
 }
 
@@ -289,6 +320,7 @@ GUIDES: Mapping[str, Callable[[Any, int, Sequence[int]], Any]] = {
         model, hidden=hidden, family=families.FullNormal()
     ),
     "local": lambda model, rows, hidden: Local(model, rows=rows),
+    "log-counts": lambda model, rows, hidden: _log_counts(model, hidden),
     "low-rank": lambda model, rows, hidden: Amortized(
         model, hidden=hidden, family=families.LowRankNormal()
     ),

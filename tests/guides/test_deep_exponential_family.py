@@ -12,8 +12,11 @@ from torch.testing import assert_close
 from guides import Amortized, Local, families
 from guides.base import key
 from guides.deep_exponential_family import LogCounts, start_near
+from guides.registry import GUIDES, MODELS, build
 from ppl_models import PPCA, DeepExponentialFamily
+from ppl_models.data import dataset
 from ppl_models.evaluate import elbo, reconstruct
+from ppl_models.infer import fit
 
 
 def counts(rows: int = 40) -> Tensor:
@@ -122,6 +125,7 @@ def test_the_encoder_reads_the_logarithm_of_counts() -> None:
     encoder = LogCounts(4, (8, 5))
     x = counts(6)
     assert_close(encoder(x), encoder.net(torch.log(1.0 + x)))
+    assert_close(encoder(-x), encoder.net(-torch.log(1.0 + x)))
     assert encoder(x).shape == (6, 5)
     assert encoder.arguments() == {"data_dim": 4, "hidden": (8, 5)}
     for sizes in ((0, (8,)), (4, ()), (4, (0,))):
@@ -140,3 +144,29 @@ def test_a_log_normal_guide_knows_its_mean() -> None:
     value = torch.rand(40, 3)
     normal = torch.distributions.Normal(loc, (log_square / 2).exp())
     assert_close(q.log_prob(value), (normal.log_prob(value.log()) - value.log()).sum(1))
+
+
+@pytest.mark.parametrize(
+    ("kind", "observation"), [("counts", "poisson"), ("binary", "bernoulli"), ("grey", "normal")]
+)
+def test_the_command_line_takes_the_observation_that_the_data_are(
+    kind: str, observation: str
+) -> None:
+    torch.set_default_dtype(torch.float32)
+    x = counts().float()
+    rows = dataset(x if kind == "counts" else (x / x.max(0).values).numpy())
+    rows = rows.binarized("threshold") if kind == "binary" else rows
+    model = build("def", rows, latent_dims=(3, 2))
+    assert model.families == (observation, "gamma", "gamma")
+    for name in MODELS["def"].guides:
+        guide = GUIDES[name](model, len(rows.x), (8,))
+        with torch.no_grad():
+            found = reconstruct(model, guide, rows.x, draws=50, seed=0)["x"].mean()
+        assert torch.isfinite(found)
+        result = fit(model, guide, rows.x, steps=3, seed=0)
+        assert bool(torch.isfinite(result.bounds).all())
+    q = GUIDES["log-counts"](model, 1, (8,)).q("z1", rows.x[:2])
+    assert isinstance(q.base_dist, torch.distributions.Gamma)
+    if observation == "poisson":
+        w0 = model.free_weights["0"].detach().exp().sum(0)
+        assert float((w0 / rows.x.mean(0)).log().abs().max()) < 1.0
