@@ -79,7 +79,7 @@ def start_near(
 
     Raises:
         ValueError: If the guide is not for such a model, a gamma site has another family, or `spread`
-            is not positive.
+            is not in (0, 1].
 
     Example:
         >>> model = DeepExponentialFamily(data_dim=6, latent_dims=(3, 2))
@@ -95,8 +95,8 @@ def start_near(
             "start_near: a guides.Local or guides.Amortized of a DeepExponentialFamily is required, "
             f"got {type(guide).__name__} of {type(model).__name__}."
         )
-    if not spread > 0.0:
-        raise ValueError(f"start_near: spread must be > 0, got {spread}.")
+    if not 0.0 < spread <= 1.0:
+        raise ValueError(f"start_near: spread must be in (0, 1], got {spread}.")
     for name, site in guide._sites.items():
         if _is_gamma(model, name) and not isinstance(
             guide.families[name], families.Normal | families.Gamma
@@ -167,7 +167,8 @@ def _numbers(family: families.Family, mean: Tensor, spread: float) -> Tensor:
     """Return the numbers of a family that has this mean and relative standard deviation."""
     square = torch.full_like(mean, spread**2)
     if isinstance(family, families.Gamma):
-        return torch.cat([-square.log(), -square.log() - mean.log()], -1)
+        above = 1.0 / square - family.min_concentration
+        return torch.cat([above.log(), -square.log() - mean.log()], -1)
     square = square.log1p()  # of the logarithm of a log-normal variable
     return torch.cat([mean.log() - square / 2.0, square.log()], -1)
 

@@ -215,7 +215,7 @@ def evidence_of_one_unit(model: DeepExponentialFamily, x: Tensor) -> Tensor:
 
 
 def exact_guide(model: DeepExponentialFamily, x: Tensor) -> Local:
-    guide = Local(model, rows=len(x), family=families.Gamma())
+    guide = Local(model, rows=len(x), family=families.Gamma(min_concentration=0.0))
     total = model.free_weights["0"].exp().sum()
     numbers = [model.shape + x.sum(1), (model.shape + total).expand(len(x))]
     with torch.no_grad():
@@ -257,6 +257,7 @@ def test_nuts_finds_the_gamma_posterior_of_one_unit() -> None:
 def closed_form(model: DeepExponentialFamily, guide: Local, x: Tensor) -> Tensor:
     """The bound of one unit under a gamma guide, with no draws: E z = a / b, E log z = psi(a) - log b."""
     a, b = guide.row_parameters[key("z1")].exp().unbind(1)
+    a = 0.05 + a
     mean, mean_log = a / b, torch.digamma(a) - b.log()
     w, shape = model.free_weights["0"].exp().squeeze(0), torch.tensor(model.shape)
     likelihood = (x * (mean_log[:, None] + w.log()) - torch.lgamma(x + 1)).sum(1) - mean * w.sum()
@@ -402,6 +403,24 @@ def test_nuts_runs_on_the_sparse_family_of_a_few_units() -> None:
     # Counts far from 0 are what their rates are: shapes of .1 say little beside them.
     mean = rates.mean((0, 1))
     assert bool(((mean - x).abs() < 2.0 * (x + 1.0).sqrt()).all())
+
+
+def test_no_concentration_lifts_the_bound_over_the_evidence_in_single_precision() -> None:
+    """Draws kept at the smallest number must not be what a guide makes its bound of."""
+    torch.set_default_dtype(torch.float32)
+    model, x = one_unit(shape=0.1)
+    truth = evidence_of_one_unit(model, x.double())
+    for number in (-80.0, -20.0, -5.0, -2.0):
+        bounds = {}
+        for least in (0.0, 0.05):
+            guide = Local(model, rows=4, family=families.Gamma(min_concentration=least))
+            with torch.no_grad():
+                guide.row_parameters[key("z1")].copy_(torch.tensor([number, -2.0]).expand(4, 2))
+            bounds[least] = elbo(model, guide, x, particles=4000, seed=0)
+        found = bounds[0.05]
+        assert bool((found.rows < truth + 5 * found.rows_se).all())
+        if number == -80.0:  # what it is for
+            assert bounds[0.0].rows[0] > truth[0] + 50.0
 
 
 @pytest.mark.parametrize("family", [families.Normal(), families.Gamma()], ids=str)

@@ -107,7 +107,7 @@ def test_a_start_that_cannot_be_set_is_refused() -> None:
     ppca = PPCA(4, 2)
     with pytest.raises(ValueError, match=r"of a DeepExponentialFamily is required.*Local of PPCA"):
         start_near(Local(ppca, rows=40), x)
-    with pytest.raises(ValueError, match="spread must be > 0, got 0"):
+    with pytest.raises(ValueError, match=r"spread must be in \(0, 1\], got 0"):
         start_near(Local(model, rows=40), x, spread=0.0)
     low_rank = Local(model, rows=40, family=families.LowRankNormal())
     with pytest.raises(ValueError, match="'z1' must have family Normal or Gamma, got LowRank"):
