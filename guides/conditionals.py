@@ -68,11 +68,15 @@ class DiagonalNormal(Bijected):
     def __init__(self, site: Site) -> None:
         super().__init__(site)
         self.size = 2 * self.features
+        self._positive = is_half_line(base_support(value_support(site))[0])
 
     def forward(self, parameters: Tensor) -> Distribution:
         shape = (*parameters.shape[:-1], *self._shape)
         loc, log_square = parameters.split(self.features, dim=-1)
-        base = dist.Normal(loc.reshape(shape), (log_square.reshape(shape) / 2).exp())
+        loc, scale = loc.reshape(shape), (log_square.reshape(shape) / 2).exp()
+        if self._positive:
+            return dist.LogNormal(loc, scale).to_event(len(self._shape))  # knows its mean
+        base = dist.Normal(loc, scale)
         return self._carry(base.to_event(len(self._shape)), parameters, flat=False)
 
     def initial(self) -> Tensor:
@@ -245,6 +249,12 @@ class Lastwise(Conditional):
     def forward(self, parameters: Tensor) -> Distribution:
         numbers = parameters.reshape(*parameters.shape[:-1], *self._shape)
         return self._make(numbers).to_event(len(self._shape) - 1)
+
+
+def is_half_line(base: constraints.Constraint) -> bool:
+    """Whether a support is that of positive numbers, with 0 or without."""
+    half_lines = (type(constraints.positive), type(constraints.nonnegative))
+    return isinstance(base, half_lines) and not torch.as_tensor(base.lower_bound).any()
 
 
 def _moved(support: constraints.Constraint, like: Tensor) -> constraints.Constraint:

@@ -7,19 +7,23 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import pyro.distributions as dist
+import torch
 from torch import Tensor, nn
 
 from guides import families
 from guides.amortized import Amortized
+from guides.deep_exponential_family import LogCounts, start_near
 from guides.dlgm import Ladder
 from guides.exact import Exact
 from guides.flows import zuko
 from guides.local import Local
 from ppl_models.core.checks import check_known
+from ppl_models.core.dynamic import Dynamic
 from ppl_models.core.random import seeded
-from ppl_models.core.sites import example_batch
+from ppl_models.core.sites import example_batch, site_table
 from ppl_models.core.types import Batch, Objective
 from ppl_models.data.dataset import Binarize, Dataset
+from ppl_models.deep_exponential_family import DeepExponentialFamily
 from ppl_models.dlgm import DeepLatentGaussian
 from ppl_models.factor_analysis import FactorAnalysis
 from ppl_models.infer.gradients import SCORES, DisARM, DReG, StickingTheLanding
@@ -112,6 +116,32 @@ def _sbn() -> SigmoidBeliefNetwork:
 
 def _dlgm() -> DeepLatentGaussian:
     return DeepLatentGaussian(data_dim=6, latent_dims=(3, 2), hidden=(4,))
+
+
+def _def(family: str | tuple[str, ...] = "gamma", **options: Any) -> DeepExponentialFamily:
+    return DeepExponentialFamily(6, (3, 2), family, shape=0.5, **options)
+
+
+def _def_near(data: Dataset, latent_dims: Sequence[int]) -> DeepExponentialFamily:
+    """Make one for the kind of values that there are, started near their means."""
+    x = data.x.draw(seed=0) if isinstance(data.x, Dynamic) else data.x
+    counts = bool(((x >= 0) & (x == x.round())).all())
+    observation = "bernoulli" if data.binarize else "poisson" if counts else "normal"
+    model = DeepExponentialFamily(
+        x.shape[-1], latent_dims, observation=observation, latent_weights=False
+    )
+    start_near(Local(model, rows=len(x)), x)  # for what it sets of the model; the guide is let go
+    return model
+
+
+def _log_counts(model: Any, hidden: Sequence[int]) -> Amortized:
+    """Make a guide that reads log(1 + x), gamma where latents are positive."""
+    batch = example_batch(model, size=2)
+    gamma = families.Gamma()
+    sites = site_table(model, *batch).locals
+    family = {site.name: gamma for site in sites if gamma.refuses(site) is None}
+    encoder = LogCounts(batch[0][0].numel(), hidden)
+    return Amortized(model, encoder=encoder, family=family, mean_field=True)
 
 
 def _evidence(model: Any, batch: Batch) -> Tensor:
@@ -215,6 +245,26 @@ PAIRS: tuple[Pair, ...] = (
         evidence=_evidence,
         sampled=False,
     ),
+    Pair(
+        "def-local",
+        _def,
+        lambda model, rows: start_near(Local(model, rows=rows), torch.ones(rows, 6)),
+        row_wise=False,
+    ),
+    Pair(
+        "def-gamma",
+        lambda: _def(latent_weights=False),
+        lambda model, rows: Amortized(
+            model, encoder=LogCounts(6, (8,)), family=families.Gamma(), mean_field=True
+        ),
+    ),
+    Pair(
+        "def-mixed",
+        lambda: _def(("bernoulli", "normal"), observation="normal"),
+        lambda model, rows: Amortized(model, hidden=(8,), bottom_up=True),
+        sampled=False,
+        row_wise=False,
+    ),
 )
 
 MODELS: Mapping[str, ModelEntry] = {
@@ -271,6 +321,14 @@ MODELS: Mapping[str, ModelEntry] = {
             ("bottom-up", "amortized", "local"),
             ELBO(score=DisARM()),
         ),
+        ModelEntry(
+            "def",
+            "deep exponential family: layers of sparse positive latents; counts, 0 or 1, real values",
+            lambda data, **sizes: _def_near(data, **sizes),
+            {"latent_dims": (20, 10)},
+            None,
+            ("log-counts", "amortized", "local"),
+        ),
     )
 }
 
@@ -288,6 +346,7 @@ GUIDES: Mapping[str, Callable[[Any, int, Sequence[int]], Any]] = {
     ),
     "ladder": lambda model, rows, hidden: Ladder(model, hidden=hidden),
     "local": lambda model, rows, hidden: Local(model, rows=rows),
+    "log-counts": lambda model, rows, hidden: _log_counts(model, hidden),
     "low-rank": lambda model, rows, hidden: Amortized(
         model, hidden=hidden, family=families.LowRankNormal()
     ),
@@ -308,10 +367,12 @@ BLOCKS: Mapping[str, Callable[..., Any]] = {
             VAE,
             DeepLatentGaussian,
             SigmoidBeliefNetwork,
+            DeepExponentialFamily,
             Bayesian,
         )
     },
     **{f"guides.{made.__name__}": made for made in (Amortized, Exact, Ladder, Local)},
+    "encoders.LogCounts": LogCounts,
     **{f"families.{family.name}": type(family) for family in families.ALL},
     **{f"likelihoods.{made.__name__}": made for made in (Bernoulli, Categorical, Gaussian)},
     **{f"flows.{name}": getattr(zuko.flows, name) for name in _FLOWS},

@@ -3,6 +3,7 @@
 from ppl_models.core.explain import explain
 from ppl_models.core.minibatch import minibatch
 from ppl_models.core.render import render
+from ppl_models.deep_exponential_family import DeepExponentialFamily
 from ppl_models.dlgm import DeepLatentGaussian
 from ppl_models.factor_analysis import FactorAnalysis
 from ppl_models.parts.priors import bayesian
@@ -13,6 +14,7 @@ from ppl_models.vae import VAE
 __all__ = [
     "PPCA",
     "VAE",
+    "DeepExponentialFamily",
     "DeepLatentGaussian",
     "FactorAnalysis",
     "SigmoidBeliefNetwork",

@@ -29,8 +29,9 @@ def as_batch(data: Any, *programs: Any, device: torch.device | str | None = None
     """Turn what a user has into a batch: tensors with the same leading length.
 
     Arguments:
-        data: A tensor, a numpy array, a data frame, a `Dynamic`, a `torch.utils.data.Dataset`, or a
-            tuple of those with the same leading length. An empty tuple is a model without data.
+        data: A tensor, a numpy array, a data frame, a sparse matrix of torch or SciPy (which becomes a
+            dense one), a `Dynamic`, a `torch.utils.data.Dataset`, or a tuple of those with the same
+            leading length. An empty tuple is a model without data.
         programs: The model, and its guide. Floating data take the dtype of their parameters and,
             unless `device` is given, the device. Without parameters, tensors stay as they are and
             arrays take torch's default dtype.
@@ -246,7 +247,11 @@ def _tensor(
     value: Any, name: str, like: Tensor | None, device: torch.device | str | None
 ) -> Tensor:
     dtype = like.dtype if like is not None else None
-    if not isinstance(value, Tensor):
+    if isinstance(value, Tensor):
+        value = value if value.layout == torch.strided else value.to_dense()
+    else:
+        # A sparse matrix of SciPy would become a single object.
+        value = value.toarray() if hasattr(value, "toarray") else value
         array = np.asarray(value)
         if array.dtype.kind not in "fiub":
             raise ValueError(

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from ppl_models.evaluate.bounds import elbo, iwae_bound, log_evidence
 from ppl_models.evaluate.comparison import compare, score
+from ppl_models.evaluate.completion import Perplexity, halves, perplexity, unigram_perplexity
 from ppl_models.evaluate.estimate import Estimate
 from ppl_models.evaluate.gradients import GradientVariance, gradient_variance
 from ppl_models.evaluate.latent import active_units, encode, generate, reconstruct
@@ -20,6 +21,7 @@ if TYPE_CHECKING:  # what draws is imported when it is asked for: see __getattr_
 __all__ = [
     "Estimate",
     "GradientVariance",
+    "Perplexity",
     "Scorecard",
     "active_units",
     "compare",
@@ -27,14 +29,17 @@ __all__ = [
     "encode",
     "generate",
     "gradient_variance",
+    "halves",
     "iwae_bound",
     "log_evidence",
+    "perplexity",
     "plot_interpolation",
     "plot_latents",
     "plot_reconstructions",
     "plot_samples",
     "reconstruct",
     "score",
+    "unigram_perplexity",
 ]
 
 

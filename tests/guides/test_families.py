@@ -141,7 +141,11 @@ def test_elementwise_families_are_scipys() -> None:
     z = torch.tensor(0.4)
     numbers = torch.stack([a, b])
     cases = [
-        (families.Gamma(), "positive", scipy.stats.gamma(math.exp(a), scale=math.exp(-b)).logpdf),
+        (
+            families.Gamma(),
+            "positive",
+            scipy.stats.gamma(0.05 + math.exp(a), scale=math.exp(-b)).logpdf,
+        ),
         (families.Beta(), "unit interval", scipy.stats.beta(math.exp(a), math.exp(b)).logpdf),
         (
             families.Normal(),
