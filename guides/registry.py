@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import pyro.distributions as dist
+import torch
 from torch import Tensor, nn
 
 from guides import families
@@ -14,6 +15,7 @@ from guides.amortized import Amortized
 from guides.exact import Exact
 from guides.flows import zuko
 from guides.local import Local
+from ppl_models.bnn import BayesianNeuralNetwork
 from ppl_models.core.checks import check_known
 from ppl_models.core.random import seeded
 from ppl_models.core.sites import example_batch
@@ -22,8 +24,15 @@ from ppl_models.data.dataset import Binarize, Dataset
 from ppl_models.factor_analysis import FactorAnalysis
 from ppl_models.infer.gradients import SCORES, DisARM, DReG, StickingTheLanding
 from ppl_models.infer.objectives import ELBO, IWAE, VIMCO, ReweightedWakeSleep
-from ppl_models.parts.likelihoods import Bernoulli, Categorical, Gaussian
-from ppl_models.parts.priors import Bayesian, bayesian, normal
+from ppl_models.parts.likelihoods import (
+    Bernoulli,
+    Categorical,
+    Classes,
+    Counts,
+    Gaussian,
+    Homoscedastic,
+)
+from ppl_models.parts.priors import Bayesian, bayesian, hierarchical, normal, scale_mixture
 from ppl_models.ppca import PPCA
 from ppl_models.sbn import SigmoidBeliefNetwork
 from ppl_models.vae import VAE
@@ -106,6 +115,30 @@ def _convolutional_guide(model: Any, rows: int) -> Amortized:
 
 def _sbn() -> SigmoidBeliefNetwork:
     return SigmoidBeliefNetwork(data_dim=6, latent_dims=(3, 2))
+
+
+def _bnn(**options: Any) -> BayesianNeuralNetwork:
+    return BayesianNeuralNetwork(3, hidden=(4,), **options)
+
+
+def _convolutional_bnn() -> BayesianNeuralNetwork:
+    net = nn.Sequential(nn.Conv2d(1, 2, kernel_size=2), nn.Tanh(), nn.Flatten(), nn.Linear(8, 3))
+    return BayesianNeuralNetwork((1, 3, 3), likelihood=Classes(3), net=net)
+
+
+def _conditional_batch(model: Any, rows: int) -> Batch:
+    """Draw covariates, and what a conditional model makes of them."""
+    like = next(value for value in model.buffers() if value.is_floating_point())
+    with seeded(0), torch.no_grad():
+        x = torch.randn(rows, *model.data_shape).to(like)
+        return x, model(x)
+
+
+def _global(model: Any, rows: int, **options: Any) -> Local:
+    """Make a guide for global latents only, around the weights that the network came with."""
+    guide = Local(model, example=_conditional_batch(model, 2), **options)
+    guide.start_around(model.net.starts(), scale=0.3)
+    return guide
 
 
 def _evidence(model: Any, batch: Batch) -> Tensor:
@@ -198,6 +231,30 @@ PAIRS: tuple[Pair, ...] = (
         evidence=_evidence,
         sampled=False,
     ),
+    Pair(
+        "bnn-mean-field",
+        _bnn,
+        _global,
+        batch=_conditional_batch,
+        row_wise=False,
+    ),
+    Pair(
+        "bnn-low-rank",
+        lambda: _bnn(likelihood=Homoscedastic(0.5), prior=scale_mixture()),
+        lambda model, rows: _global(model, rows, family=families.LowRankNormal(rank=1)),
+        batch=_conditional_batch,
+        row_wise=False,
+    ),
+    Pair(
+        "bnn-counts",
+        lambda: _bnn(likelihood=Counts(), prior=hierarchical(0.5)),
+        _global,
+        batch=_conditional_batch,
+        row_wise=False,
+    ),
+    Pair(
+        "bnn-convolutional", _convolutional_bnn, _global, batch=_conditional_batch, row_wise=False
+    ),
 )
 
 MODELS: Mapping[str, ModelEntry] = {
@@ -276,14 +333,24 @@ _PRIORS += ("LogNormal", "Normal", "StudentT")
 BLOCKS: Mapping[str, Callable[..., Any]] = {
     **{
         f"models.{made.__name__}": made
-        for made in (PPCA, FactorAnalysis, VAE, SigmoidBeliefNetwork, Bayesian)
+        for made in (
+            PPCA,
+            FactorAnalysis,
+            VAE,
+            SigmoidBeliefNetwork,
+            BayesianNeuralNetwork,
+            Bayesian,
+        )
     },
     **{f"guides.{made.__name__}": made for made in (Amortized, Exact, Local)},
     **{f"families.{family.name}": type(family) for family in families.ALL},
-    **{f"likelihoods.{made.__name__}": made for made in (Bernoulli, Categorical, Gaussian)},
+    **{
+        f"likelihoods.{made.__name__}": made
+        for made in (Bernoulli, Categorical, Classes, Counts, Gaussian, Homoscedastic)
+    },
     **{f"flows.{name}": getattr(zuko.flows, name) for name in _FLOWS},
     **{f"priors.{name}": getattr(dist, name) for name in _PRIORS},
-    "priors.normal": normal,
+    **{f"priors.{made.__name__}": made for made in (normal, scale_mixture, hierarchical)},
     **{f"objectives.{made.__name__}": made for made in (ELBO, IWAE, VIMCO, ReweightedWakeSleep)},
     **{f"estimators.{made.__name__}": made for made in (*SCORES, StickingTheLanding, DReG)},
 }
