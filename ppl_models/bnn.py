@@ -68,7 +68,7 @@ class BayesianNeuralNetwork(NamedModule):
         net: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        shape = (data_dim,) if isinstance(data_dim, int) else tuple(data_dim)
+        shape: tuple[int, ...] = (data_dim,) if isinstance(data_dim, int) else tuple(data_dim)
         if not shape or min(*shape, *hidden, 1) < 1 or (net is None and len(shape) > 1):
             raise ValueError(
                 "BayesianNeuralNetwork: data_dim and hidden must be positive, and the tanh network "

@@ -7,6 +7,7 @@ from ppl_models.evaluate.comparison import compare, score
 from ppl_models.evaluate.estimate import Estimate
 from ppl_models.evaluate.gradients import GradientVariance, gradient_variance
 from ppl_models.evaluate.latent import active_units, encode, generate, reconstruct
+from ppl_models.evaluate.predictions import Prediction, predict
 from ppl_models.evaluate.scorecard import Scorecard
 
 if TYPE_CHECKING:  # what draws is imported when it is asked for: see __getattr__
@@ -20,6 +21,7 @@ if TYPE_CHECKING:  # what draws is imported when it is asked for: see __getattr_
 __all__ = [
     "Estimate",
     "GradientVariance",
+    "Prediction",
     "Scorecard",
     "active_units",
     "compare",
@@ -33,6 +35,7 @@ __all__ = [
     "plot_latents",
     "plot_reconstructions",
     "plot_samples",
+    "predict",
     "reconstruct",
     "score",
 ]

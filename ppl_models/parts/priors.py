@@ -243,7 +243,7 @@ class _Plain(nn.Module):
         return self.module.forward(*batch, **options)
 
 
-def as_prior(prior: Prior | Distribution) -> Prior:
+def as_prior(prior: Any) -> Prior:
     """Return a function of name and value, given one or a distribution to be expanded over each."""
     if not hasattr(prior, "sample"):
         return prior
