@@ -89,7 +89,7 @@ def run(name: str, split: int, options: argparse.Namespace) -> dict[str, Any]:
         "nll": math.log(data.y_scale) - found.log_density.mean,
         "nll_se": found.log_density.se,
         "rmse": math.sqrt(square) * data.y_scale,
-        "noise_scale": guide.q("noise_scale", data.x).mean.item() * data.y_scale,
+        "noise_scale": found.aleatoric.mean().item() * data.y_scale,
         "epistemic": found.epistemic.mean().item() * data.y_scale,
         "bound": result.bounds[-100:].mean().item(),
         "steps": result.steps,

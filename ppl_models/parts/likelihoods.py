@@ -136,11 +136,15 @@ class Homoscedastic:
         noise_scale: Tensor | None = None,
     ) -> Distribution:
         """Turn locs, and the scale where it is inferred, into a distribution."""
-        loc = outputs.squeeze(-event_dim - 1)
-        if noise_scale is None:
-            return dist.Normal(loc, self.scale).to_event(event_dim)
-        scale = noise_scale[(..., *(None,) * event_dim)]
-        return dist.Normal(loc, scale).to_event(event_dim)
+        scale = self.scale
+        if noise_scale is not None:
+            scale = noise_scale[(..., *(None,) * event_dim)]
+        if isinstance(scale, Distribution):
+            raise ValueError(
+                "Homoscedastic: its scale is to be inferred, but this model infers no latents of its "
+                "likelihood. Give a known scale, Homoscedastic(scale=0.1)."
+            )
+        return dist.Normal(outputs.squeeze(-event_dim - 1), scale).to_event(event_dim)
 
     def check(self, values: Tensor) -> None:
         """Refuse data that do not vary, where the scale is inferred.
