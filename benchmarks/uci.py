@@ -34,7 +34,7 @@ from ppl_models.core.random import seeded
 from ppl_models.core.table import text_table
 from ppl_models.data import Dataset, load
 from ppl_models.evaluate import predict
-from ppl_models.infer import fit
+from ppl_models.infer import ELBO, fit
 from ppl_models.parts.likelihoods import Homoscedastic
 
 #: NLL, its standard error, RMSE and its standard error.
@@ -73,6 +73,7 @@ def run(name: str, split: int, options: argparse.Namespace) -> dict[str, Any]:
         model,
         guide,
         (data.x, data.y),
+        objective=ELBO(options.particles),
         epochs=options.epochs,
         batch_size=options.batch,
         lr=options.lr,
@@ -152,6 +153,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, default=500)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--particles", type=int, default=1, help="draws a step")
     parser.add_argument("--scale", type=float, default=0.05, help="of the guide at the start")
     parser.add_argument("--draws", type=int, default=100, help="of the predictions")
     parser.add_argument("--seed", type=int, default=0)

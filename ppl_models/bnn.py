@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import pyro
@@ -79,7 +80,7 @@ class BayesianNeuralNetwork(NamedModule):
         self.observation = Homoscedastic() if likelihood is None else likelihood
         outputs = getattr(self.observation, "size", 1)
         if net is None:
-            net = mlp(shape[0], hidden, outputs)
+            net = mlp(math.prod(shape), hidden, outputs)
         _check_layers(net)
         if isinstance(self.observation, Likelihood):
             of = f"what {type(self.observation).__name__} takes"
