@@ -1,8 +1,9 @@
 """Bayesian neural networks on regressions of the UCI repository, mean-field, in the 20 given splits.
 
 One hidden layer of 50 ReLU units, a standard normal prior of all weights, Adam at 1e-3, batches of
-32, 500 epochs, one draw a step; predictions from 100 draws. Inputs and target are standardised on
-the training rows, and figures are in raw units, means over splits with their standard errors:
+32, 500 epochs; 100 draws of the weights in each step, and in predictions. Inputs and target are
+standardised on the training rows, and figures are in raw units, means over splits with their
+standard errors:
 
     NLL    minus the log predictive density of a test row, nats
     RMSE   of the predictive mean
@@ -13,6 +14,7 @@ are of mean-field networks in the same splits.
 
     python benchmarks/uci.py
     python benchmarks/uci.py --data yacht boston --splits 5
+    python benchmarks/uci.py --particles 1                     # sooner, and worse: noisy gradients
     python benchmarks/uci.py --quick                           # a look, in a minute
 """
 
@@ -126,7 +128,7 @@ def report(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
     head = ("data", "splits", "NLL", "published", "RMSE", "published", "s a split")
     title = (
         f"Bayesian neural networks on UCI regressions: mean-field, {options.hidden} units, "
-        f"{options.epochs} epochs, lr {options.lr:g}, raw units"
+        f"{options.epochs} epochs, {options.particles} draws a step, lr {options.lr:g}, raw units"
     )
     record.write(options.name, title, text_table(head, lines, right=" rrrrrr"), rows)
 
@@ -153,7 +155,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, default=500)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--particles", type=int, default=1, help="draws a step")
+    parser.add_argument("--particles", type=int, default=100, help="draws a step")
     parser.add_argument("--scale", type=float, default=0.05, help="of the guide at the start")
     parser.add_argument("--draws", type=int, default=100, help="of the predictions")
     parser.add_argument("--seed", type=int, default=0)
