@@ -14,9 +14,15 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from guides import families
-from guides.conditionals import Conditional
+from guides.conditionals import (
+    Conditional,
+    DiagonalNormal,
+    FullCovariance,
+    LowRankCovariance,
+)
 from guides.families import Family
 from ppl_models.core.batch import as_batch
+from ppl_models.core.checks import check_known
 from ppl_models.core.module import NamedModule
 from ppl_models.core.sites import (
     Site,
@@ -133,6 +139,40 @@ class SiteGuide(NamedModule):
     def numbers(self, site: str) -> int:
         """Numbers that one row of a local latent takes."""
         return math.prod(_other_plates(self._sites[site])) * self.conditional(site).size
+
+    def start_around(self, values: Mapping[str, Tensor], *, scale: float = 0.05) -> None:
+        """Place global latents around values, such as the weights that a network was made with.
+
+        Arguments:
+            values: One for each site, as `bayesian(...).starts()` returns them.
+            scale: Standard deviation, on the unconstrained space.
+
+        Raises:
+            ValueError: If a site is unknown or its family is no normal, a value has another shape,
+                or `scale` is not positive.
+        """
+        kind = type(self).__name__
+        if not scale > 0.0:
+            raise ValueError(f"{kind}: scale must be > 0, got {scale}.")
+        normals = (DiagonalNormal, LowRankCovariance, FullCovariance)
+        found = {}
+        for name, value in values.items():
+            check_known("latent", name, self._sites)
+            conditional, site = self.conditional(name), self._sites[name]
+            if site.local or not isinstance(conditional, normals):
+                raise ValueError(
+                    f"{kind}: start_around places global latents of a normal family, and '{name}' "
+                    f"is {site.role} with family {self.families[name].name}."
+                )
+            if value.shape != site.event_shape:
+                raise ValueError(
+                    f"{kind}: the value for '{name}' must have shape {tuple(site.event_shape)}, "
+                    f"got {tuple(value.shape)}."
+                )
+            found[key(name)] = conditional.around(value.detach(), scale)
+        with torch.no_grad():
+            for name, numbers in found.items():
+                self.global_parameters[name].copy_(numbers)
 
     def local_sites(self) -> list[str]:
         """Names of the latents that each row has for itself, in order."""

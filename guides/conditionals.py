@@ -52,6 +52,15 @@ class Bijected(Conditional):
         )
         self.features = math.prod(self._shape)
 
+    def around(self, value: Tensor, scale: float) -> Float[Tensor, " P"]:
+        """Return the numbers of a normal around a value, `scale` wide on the unconstrained space."""
+        numbers = self.initial().to(value)
+        if self._support is not None:
+            value = biject_to(_moved(self._support, value)).inv(value)
+        numbers[: self.features] = value.flatten()
+        numbers[self.features : 2 * self.features] = 2.0 * math.log(scale)
+        return numbers
+
     def _carry(self, base: Distribution, like: Tensor, *, flat: bool = True) -> Distribution:
         """Carry a distribution over the unconstrained space to the support, where `like` is."""
         steps: list[Any] = []

@@ -17,6 +17,7 @@ from guides.dlgm import Ladder
 from guides.exact import Exact
 from guides.flows import zuko
 from guides.local import Local
+from ppl_models.bnn import BayesianNeuralNetwork
 from ppl_models.core.checks import check_known
 from ppl_models.core.dynamic import Dynamic
 from ppl_models.core.random import seeded
@@ -28,8 +29,15 @@ from ppl_models.dlgm import DeepLatentGaussian
 from ppl_models.factor_analysis import FactorAnalysis
 from ppl_models.infer.gradients import SCORES, DisARM, DReG, StickingTheLanding
 from ppl_models.infer.objectives import ELBO, IWAE, VIMCO, ReweightedWakeSleep
-from ppl_models.parts.likelihoods import Bernoulli, Categorical, Gaussian
-from ppl_models.parts.priors import Bayesian, bayesian, normal
+from ppl_models.parts.likelihoods import (
+    Bernoulli,
+    Categorical,
+    Classes,
+    Counts,
+    Gaussian,
+    Homoscedastic,
+)
+from ppl_models.parts.priors import Bayesian, bayesian, hierarchical, normal, scale_mixture
 from ppl_models.ppca import PPCA
 from ppl_models.sbn import SigmoidBeliefNetwork
 from ppl_models.vae import VAE
@@ -142,6 +150,30 @@ def _log_counts(model: Any, hidden: Sequence[int]) -> Amortized:
     family = {site.name: gamma for site in sites if gamma.refuses(site) is None}
     encoder = LogCounts(batch[0][0].numel(), hidden)
     return Amortized(model, encoder=encoder, family=family, mean_field=True)
+
+
+def _bnn(**options: Any) -> BayesianNeuralNetwork:
+    return BayesianNeuralNetwork(3, hidden=(4,), **options)
+
+
+def _convolutional_bnn() -> BayesianNeuralNetwork:
+    net = nn.Sequential(nn.Conv2d(1, 2, kernel_size=2), nn.Tanh(), nn.Flatten(), nn.Linear(8, 3))
+    return BayesianNeuralNetwork((1, 3, 3), likelihood=Classes(3), net=net)
+
+
+def _conditional_batch(model: Any, rows: int) -> Batch:
+    """Draw covariates, and what a conditional model makes of them."""
+    like = next(value for value in model.buffers() if value.is_floating_point())
+    with seeded(0), torch.no_grad():
+        x = torch.randn(rows, *model.data_shape).to(like)
+        return x, model(x)
+
+
+def _global(model: Any, rows: int, **options: Any) -> Local:
+    """Make a guide for global latents only, around the weights that the network came with."""
+    guide = Local(model, example=_conditional_batch(model, 2), **options)
+    guide.start_around(model.net.starts(), scale=0.3)
+    return guide
 
 
 def _evidence(model: Any, batch: Batch) -> Tensor:
@@ -265,6 +297,30 @@ PAIRS: tuple[Pair, ...] = (
         sampled=False,
         row_wise=False,
     ),
+    Pair(
+        "bnn-mean-field",
+        _bnn,
+        _global,
+        batch=_conditional_batch,
+        row_wise=False,
+    ),
+    Pair(
+        "bnn-low-rank",
+        lambda: _bnn(likelihood=Homoscedastic(0.5), prior=scale_mixture()),
+        lambda model, rows: _global(model, rows, family=families.LowRankNormal(rank=1)),
+        batch=_conditional_batch,
+        row_wise=False,
+    ),
+    Pair(
+        "bnn-counts",
+        lambda: _bnn(likelihood=Counts(), prior=hierarchical(0.5)),
+        _global,
+        batch=_conditional_batch,
+        row_wise=False,
+    ),
+    Pair(
+        "bnn-convolutional", _convolutional_bnn, _global, batch=_conditional_batch, row_wise=False
+    ),
 )
 
 MODELS: Mapping[str, ModelEntry] = {
@@ -368,16 +424,20 @@ BLOCKS: Mapping[str, Callable[..., Any]] = {
             DeepLatentGaussian,
             SigmoidBeliefNetwork,
             DeepExponentialFamily,
+            BayesianNeuralNetwork,
             Bayesian,
         )
     },
     **{f"guides.{made.__name__}": made for made in (Amortized, Exact, Ladder, Local)},
     "encoders.LogCounts": LogCounts,
     **{f"families.{family.name}": type(family) for family in families.ALL},
-    **{f"likelihoods.{made.__name__}": made for made in (Bernoulli, Categorical, Gaussian)},
+    **{
+        f"likelihoods.{made.__name__}": made
+        for made in (Bernoulli, Categorical, Classes, Counts, Gaussian, Homoscedastic)
+    },
     **{f"flows.{name}": getattr(zuko.flows, name) for name in _FLOWS},
     **{f"priors.{name}": getattr(dist, name) for name in _PRIORS},
-    "priors.normal": normal,
+    **{f"priors.{made.__name__}": made for made in (normal, scale_mixture, hierarchical)},
     **{f"objectives.{made.__name__}": made for made in (ELBO, IWAE, VIMCO, ReweightedWakeSleep)},
     **{f"estimators.{made.__name__}": made for made in (*SCORES, StickingTheLanding, DReG)},
 }

@@ -1,5 +1,6 @@
 """Deep probabilistic models in Pyro and torch, and inference that says how good it was."""
 
+from ppl_models.bnn import BayesianNeuralNetwork
 from ppl_models.core.explain import explain
 from ppl_models.core.minibatch import minibatch
 from ppl_models.core.render import render
@@ -14,6 +15,7 @@ from ppl_models.vae import VAE
 __all__ = [
     "PPCA",
     "VAE",
+    "BayesianNeuralNetwork",
     "DeepExponentialFamily",
     "DeepLatentGaussian",
     "FactorAnalysis",

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ppl_models.core.module import NamedModule
 from ppl_models.core.types import Distribution
 from ppl_models.parts.likelihoods import Bernoulli, Likelihood
-from ppl_models.parts.nn import Network, mlp
+from ppl_models.parts.nn import Network, check_network, mlp
 from ppl_models.parts.rows import plate_size
 
 
@@ -76,7 +76,8 @@ class VAE(NamedModule):
         self.decoder = Network(mlp(latent_dim, hidden, outputs) if decoder is None else decoder)
         self.register_buffer("prior_loc", torch.zeros(latent_dim), persistent=False)
         if decoder is not None:
-            _check_decoder(decoder, latent_dim, outputs, self.observation.size, shape)
+            of = f"{self.observation.size} for each element of {shape}"
+            check_network("VAE: decoder", decoder, (latent_dim,), outputs, of)
 
     def forward(
         self, x: Float[Tensor, "N *event"] | None = None, *, size: int | None = None
@@ -94,26 +95,3 @@ class VAE(NamedModule):
         """Return p(x | z)."""
         shape = (*z.shape[:-1], self.observation.size, *self.data_shape)
         return self.observation(self.decoder(z).reshape(shape), len(self.data_shape))
-
-
-def _check_decoder(
-    decoder: nn.Module, latent_dim: int, outputs: int, size: int, shape: tuple[int, ...]
-) -> None:
-    """Run a user's decoder on two rows, and leave it as it was."""
-    training = decoder.training
-    like = next(decoder.parameters(), torch.empty(()))
-    try:
-        with torch.no_grad():
-            out = decoder.eval()(like.new_zeros(2, latent_dim))
-    except Exception as error:
-        raise ValueError(
-            f"VAE: decoder must map (rows, {latent_dim}) to (rows, ...), but on shape "
-            f"(2, {latent_dim}) it said: {error}"
-        ) from error
-    finally:
-        decoder.train(training)
-    if out.shape[0] != 2 or out.numel() != 2 * outputs:
-        raise ValueError(
-            f"VAE: decoder must put out {outputs} numbers a row ({size} for each element of "
-            f"{shape}), got shape {tuple(out.shape)} for 2 rows."
-        )

@@ -42,7 +42,10 @@ from ppl_models.parts.priors import bayesian, normal
 from ppl_models.runs import load_run, save_run
 
 ROWS = 10
-OWN = {"vae-convolutional"}  # pairs with networks of their own, which a run cannot name
+OWN = {
+    "vae-convolutional",
+    "bnn-convolutional",
+}  # pairs with networks of their own, which a run cannot name
 
 NEW_PROCESS = """
 import json, sys

@@ -12,7 +12,7 @@ import warnings
 from jaxtyping import install_import_hook
 
 CHECKED = ["ppl_models.ppca", "ppl_models.factor_analysis", "ppl_models.vae", "ppl_models.parts"]
-CHECKED += ["ppl_models.sbn", "guides.conditionals"]
+CHECKED += ["ppl_models.sbn", "ppl_models.bnn", "guides.conditionals"]
 with install_import_hook(CHECKED, "beartype.beartype"):
     warnings.simplefilter("ignore")  # beartype on the annotations of Pyro's metaclass
     import ppl_models

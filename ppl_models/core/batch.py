@@ -143,6 +143,17 @@ def check_model(
     return table
 
 
+def check_data(model: Callable[..., Any], batch: Batch) -> None:
+    """Let a model look at all the data that it is to be fitted to.
+
+    A model that cannot learn from some data, such as a scale from targets that do not vary, has a
+    method `check_data(*batch)`, which raises a ValueError that says so.
+    """
+    check = getattr(model, "check_data", None)
+    if check is not None:
+        check(*batch)
+
+
 def check_programs(caller: str, **programs: Any) -> None:
     """Refuse a `model` or a `guide` that is no callable, or a class in place of an instance.
 

@@ -8,6 +8,7 @@ from ppl_models.evaluate.completion import Perplexity, halves, perplexity, unigr
 from ppl_models.evaluate.estimate import Estimate
 from ppl_models.evaluate.gradients import GradientVariance, gradient_variance
 from ppl_models.evaluate.latent import active_units, encode, generate, reconstruct
+from ppl_models.evaluate.predictions import Prediction, predict
 from ppl_models.evaluate.scorecard import Scorecard
 
 if TYPE_CHECKING:  # what draws is imported when it is asked for: see __getattr__
@@ -22,6 +23,7 @@ __all__ = [
     "Estimate",
     "GradientVariance",
     "Perplexity",
+    "Prediction",
     "Scorecard",
     "active_units",
     "compare",
@@ -37,6 +39,7 @@ __all__ = [
     "plot_latents",
     "plot_reconstructions",
     "plot_samples",
+    "predict",
     "reconstruct",
     "score",
     "unigram_perplexity",

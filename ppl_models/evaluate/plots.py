@@ -17,13 +17,18 @@ from ppl_models.core.picture import (
     GREY,
     ORANGE,
     Canvas,
+    axes_for,
     drawing,
     figure_of,
     picture,
+    to_array,
 )
 from ppl_models.evaluate.gradients import GradientVariance
+from ppl_models.evaluate.predictions import Prediction
 from ppl_models.evaluate.scorecard import Entry, Scorecard
 
+LEVEL = 0.05  # how often the band of a calibration plot is left by chance, at most
+BINS = 10  # of predicted probabilities
 ERRORS = 2  # standard errors to each side that a bar shows
 
 
@@ -160,3 +165,53 @@ def plot_gradient_variance(found: GradientVariance, *, figure: Canvas | None = N
         ax.set_xlabel("variance of one estimate, summed over elements, (nats per row)²")
         ax.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
         return figure_of(ax)
+
+
+def plot_calibration(found: Prediction, *, ax: Axes | None = None) -> Figure:
+    """Draw how often what was predicted came true: see `Prediction.plot`."""
+    with drawing():
+        ax = axes_for(ax, 4.6, 4.4)
+        ax.plot([0, 1], [0, 1], color=GREY, lw=1, ls="--", label="calibrated")
+        if found.levels is not None:
+            _draw_levels(ax, to_array(found.levels))
+        else:
+            _draw_frequencies(ax, found)
+        ax.set_xlim(0, 1)
+        ax.set_ylim(0, 1)
+        ax.set_aspect("equal")
+        ax.legend(loc="lower right")
+        return figure_of(ax)
+
+
+def _draw_levels(ax: Axes, levels: np.ndarray) -> None:
+    """Draw the distribution function of the levels, and the band of Dvoretzky and others."""
+    levels = np.sort(levels.ravel())
+    share = np.arange(1, len(levels) + 1) / len(levels)
+    ax.step([0, *levels, 1], [0, *share, 1], where="post", color=BLUE, label=f"{len(levels)} rows")
+    half = math.sqrt(math.log(2 / LEVEL) / (2 * len(levels)))
+    grid = np.linspace(0, 1, 101)
+    low, high = np.clip(grid - half, 0, 1), np.clip(grid + half, 0, 1)
+    label = f"{1 - LEVEL:.0%} of calibrated curves"
+    ax.fill_between(grid, low, high, color=GREY, alpha=0.18, lw=0, label=label)
+    ax.set_xlabel("predictive probability of values below")
+    ax.set_ylabel("share of rows")
+    ax.set_title("Calibration")
+
+
+def _draw_frequencies(ax: Axes, found: Prediction) -> None:
+    """Draw, for predicted probabilities of alike size, how often the class was the one."""
+    assert found.hits is not None
+    predicted, hits = to_array(found.mean).ravel(), to_array(found.hits).ravel()
+    which = np.minimum((predicted * BINS).astype(int), BINS - 1)
+    count = np.bincount(which, minlength=BINS)
+    full = count > 0
+    middle = np.bincount(which, predicted, BINS)[full] / count[full]
+    share = np.bincount(which, hits, BINS)[full] / count[full]
+    noise = np.bincount(which, predicted * (1 - predicted), BINS)[full] ** 0.5 / count[full]
+    label = f"{len(found.mean)} rows; bars are {ERRORS} standard errors if calibrated"
+    ax.errorbar(
+        middle, share, yerr=ERRORS * noise, fmt="o", color=DARK, ms=5, capsize=2.5, label=label
+    )
+    ax.set_xlabel("predicted probability of a class")
+    ax.set_ylabel("how often it was the one")
+    ax.set_title("Calibration")

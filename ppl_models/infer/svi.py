@@ -23,6 +23,7 @@ from torch.optim.optimizer import Optimizer
 
 from ppl_models.core.batch import (
     as_batch,
+    check_data,
     check_device,
     check_model,
     check_programs,
@@ -193,6 +194,7 @@ def fit(
         torch.enable_grad(),
     ):
         rows, table = _choose_rows(model, batch, plate, batch_size)
+        check_data(model, batch)
         _check_minibatches(table, guide, objective, rows, size)
         part = tuple(value[:rows] for value in batch)
         index = torch.arange(rows)

@@ -46,28 +46,30 @@ class Network(nn.Module):
 
     A layer such as `Conv2d` takes one batch dimension, and `functional.linear` takes a weight
     without any. Vectorised particles and chains put theirs on the left of the rows, and of the
-    parameters when those are latent. The wrapped network always sees inputs of shape (rows, K).
+    parameters when those are latent. The wrapped network always sees inputs of shape (rows, *event).
 
     Arguments:
-        net: Maps (rows, K) to (rows, ...).
+        net: Maps (rows, *event) to (rows, ...).
+        event_dim: Dimensions of one row of its input.
 
     Example:
         >>> Network(nn.Linear(3, 2))(torch.zeros(5, 4, 3)).shape
         torch.Size([5, 4, 2])
     """
 
-    def __init__(self, net: nn.Module) -> None:
+    def __init__(self, net: nn.Module, event_dim: int = 1) -> None:
         super().__init__()
         self.net = net
+        self.event_dim = event_dim
         named = [*net.named_parameters(), *net.named_buffers()]
         self._ndims = {name: tensor.ndim for name, tensor in named}
 
-    def forward(self, z: Float[Tensor, "*batch K"]) -> Float[Tensor, "*batch ..."]:
-        """Apply the network along the last dimension."""
+    def forward(self, z: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        """Apply the network to rows, (*batch, *event) to (*batch, ...)."""
         tensors = dict(self.net.named_parameters()) | dict(self.net.named_buffers())
         batched = {name: t for name, t in tensors.items() if t.ndim > self._ndims[name]}
         if not batched:
-            return _over_rows(self.net, z)
+            return _over_rows(self.net, z, self.event_dim)
         # A latent parameter has shape (*outer, 1, ..., 1, *own): one network for each outer index,
         # and the ones stand for the plates that its rows are in.
         leads = [t.shape[: t.ndim - self._ndims[name]] for name, t in batched.items()]
@@ -78,15 +80,50 @@ class Network(nn.Module):
         for name, tensor in batched.items():
             own = tensor.shape[tensor.ndim - self._ndims[name] :]
             flat[name] = tensor.expand(*lead, *own).reshape(math.prod(outer), *own)
-        z = z.reshape((1,) * (inner + 1 - z.ndim) + z.shape)  # an input may lack the plates
-        z = z.expand(*outer, *z.shape[-inner - 1 :])
-        rows = z.reshape(math.prod(outer), -1, z.shape[-1])
+        events = self.event_dim
+        z = z.reshape((1,) * (inner + events - z.ndim) + z.shape)  # an input may lack the plates
+        z = z.expand(*outer, *z.shape[-inner - events :])
+        rows = z.reshape(math.prod(outer), -1, *z.shape[z.ndim - events :])
         out = torch.vmap(lambda own, x: functional_call(self.net, own, (x,)))(flat, rows)
-        return out.reshape(*z.shape[:-1], *out.shape[2:])
+        return out.reshape(*z.shape[: z.ndim - events], *out.shape[2:])
 
 
-def _over_rows(net: nn.Module, z: Tensor) -> Tensor:
-    if z.ndim == 2:
+def check_network(what: str, net: nn.Module, event: Sequence[int], outputs: int, of: str) -> None:
+    """Run a user's network on two rows, and leave it as it was.
+
+    Arguments:
+        what: Who asks for it, and what it is called there.
+        net: The network.
+        event: Shape of one row of its input.
+        outputs: Numbers that it must put out for a row.
+        of: What these are, in words.
+
+    Raises:
+        ValueError: If it cannot be run, or puts out another count.
+    """
+    training = net.training
+    like = next(net.parameters(), torch.empty(()))
+    sizes = ", ".join(map(str, event))
+    try:
+        with torch.no_grad():
+            out = net.eval()(like.new_zeros(2, *event))
+    except Exception as error:
+        raise ValueError(
+            f"{what} must map (rows, {sizes}) to (rows, ...), but on shape (2, {sizes}) it said: "
+            f"{error}"
+        ) from error
+    finally:
+        net.train(training)
+    if out.shape[0] != 2 or out.numel() != 2 * outputs:
+        raise ValueError(
+            f"{what} must put out {outputs} numbers a row ({of}), got shape {tuple(out.shape)} for "
+            "2 rows."
+        )
+
+
+def _over_rows(net: nn.Module, z: Tensor, event_dim: int) -> Tensor:
+    if z.ndim == event_dim + 1:
         return net(z)
-    out = net(z.reshape(-1, z.shape[-1]))
-    return out.reshape(*z.shape[:-1], *out.shape[1:])
+    lead = z.ndim - event_dim
+    out = net(z.reshape(-1, *z.shape[lead:]))
+    return out.reshape(*z.shape[:lead], *out.shape[1:])

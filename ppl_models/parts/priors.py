@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,14 +15,16 @@ import torch
 from pyro.nn import PyroModule
 from pyro.poutine.runtime import get_plates
 from torch import Tensor, nn
+from torch.distributions import constraints
 from torch.func import functional_call
 
 from ppl_models.core.module import NamedModule
 from ppl_models.core.types import Distribution
 from ppl_models.parts.nn import Network
 
-#: From the name and the value of a parameter to its prior, or to None to leave it a parameter.
-Prior = Callable[[str, Tensor], Distribution | None]
+#: From the name and the value of a parameter to its prior, or to None to leave it a parameter. One
+#: that depends on latents of its own has `latents(name, value)`, and takes their values after those.
+Prior = Callable[..., Distribution | None]
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,84 @@ class normal:
         return dist.Normal(torch.zeros_like(value), self.scale).to_event(value.ndim)
 
 
-def bayesian(module: nn.Module, prior: Prior | Distribution) -> PyroModule:
+@dataclass(frozen=True)
+class scale_mixture:
+    r"""Give every parameter a mixture of a wide and a narrow normal prior around zero.
+
+    .. math::
+
+        w \sim \pi \, \mathcal{N}(0, \sigma_1^2) + (1 - \pi) \, \mathcal{N}(0, \sigma_2^2)
+
+    Arguments:
+        weight: :math:`\pi`, of the wide one.
+        wide: :math:`\sigma_1`.
+        narrow: :math:`\sigma_2`, by default :math:`e^{-6}`, as in the paper.
+
+    Source:
+        Blundell, Cornebise, Kavukcuoglu & Wierstra (2015), equation 7.
+        https://arxiv.org/abs/1505.05424
+    """
+
+    weight: float = 0.5
+    wide: float = 1.0
+    narrow: float = math.exp(-6.0)
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.weight < 1.0 or not 0.0 < self.narrow < self.wide < math.inf:
+            raise ValueError(
+                "scale_mixture: weight must be between 0 and 1, and 0 < narrow < wide, got "
+                f"weight={self.weight}, wide={self.wide}, narrow={self.narrow}."
+            )
+
+    def __call__(self, _: str, value: Tensor) -> Distribution:
+        """Return the prior of one parameter."""
+        weights = value.new_tensor([self.weight, 1.0 - self.weight]).expand(*value.shape, 2)
+        scales = value.new_tensor([self.wide, self.narrow]).expand(*value.shape, 2)
+        parts = dist.Normal(torch.zeros_like(scales), scales)
+        return _RealMixture(dist.Categorical(weights), parts).to_event(value.ndim)
+
+
+class _RealMixture(dist.MixtureSameFamily):
+    """A mixture on the real line, whose support is known for what it is."""
+
+    @property
+    def support(self) -> constraints.Constraint:
+        return constraints.real
+
+
+@dataclass(frozen=True)
+class hierarchical:
+    r"""Give the parameters of each layer a normal prior whose scale is a latent of its own.
+
+    .. math::
+
+        s_l \sim \mathrm{HalfNormal}(s), \qquad w_{l,i} \mid s_l \sim \mathcal{N}(0, s_l^2)
+
+    A layer is what owns parameters; its latent is called ``<layer>.prior_scale``.
+
+    Arguments:
+        scale: :math:`s`, the scale of the half-normal prior of the scales.
+    """
+
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.scale > 0.0:
+            raise ValueError(f"hierarchical: scale must be > 0, got {self.scale}.")
+
+    def latents(self, name: str, value: Tensor) -> dict[str, Distribution]:
+        """Return the priors of what the prior of one parameter depends on, by site."""
+        layer = name.rpartition(".")[0]
+        return {f"{layer}.prior_scale".lstrip("."): dist.HalfNormal(value.new_tensor(self.scale))}
+
+    def __call__(self, _: str, value: Tensor, *latents: Tensor) -> Distribution:
+        """Return the prior of one parameter, given those latents, or at their scale."""
+        scale = latents[0] if latents else value.new_tensor(self.scale)
+        scale = scale[(..., *(None,) * value.ndim)]
+        return dist.Normal(torch.zeros_like(value), scale).to_event(value.ndim)
+
+
+def bayesian(module: nn.Module, prior: Prior | Distribution, *, event_dim: int = 1) -> PyroModule:
     r"""Turn the parameters of a module, or of a whole model, into global latents.
 
     .. math::
@@ -60,7 +140,9 @@ def bayesian(module: nn.Module, prior: Prior | Distribution) -> PyroModule:
         prior: A distribution that is expanded over each parameter, such as `Normal(0.0, 1.0)`, in
             the precision and on the device of the parameter; or a function of the name and
             the value of a parameter that returns a distribution over values of that shape, all of
-            it event, or None to leave it a parameter. See `ppl_models.parts.priors.normal`.
+            it event, or None to leave it a parameter. See `normal`, `scale_mixture` and
+            `hierarchical` in `ppl_models.parts.priors`.
+        event_dim: Dimensions of one row of a network's input.
 
     Raises:
         ValueError: If no parameter gets a prior, or a prior has the wrong shape.
@@ -76,20 +158,22 @@ def bayesian(module: nn.Module, prior: Prior | Distribution) -> PyroModule:
         z        local latent   data    (5,)   (1,)    real vector
         x        observed       data    (5,)   (3,)    real vector
     """
-    return Bayesian(module, prior)
+    return Bayesian(module, prior, event_dim=event_dim)
 
 
 class Bayesian(NamedModule):
     """A module whose parameters are latents: see `bayesian`."""
 
-    def __init__(self, module: nn.Module, prior: Prior | Distribution) -> None:
+    def __init__(
+        self, module: nn.Module, prior: Prior | Distribution, *, event_dim: int = 1
+    ) -> None:
         super().__init__()
         copied = copy.deepcopy(module)
         # Inside a plain module the copy keeps a Pyro context of its own, which stays inactive: the
         # sampled values that stand in for its parameters are never registered as parameters.
-        inner = _Plain(copied if isinstance(copied, PyroModule) else Network(copied))
+        inner = _Plain(copied if isinstance(copied, PyroModule) else Network(copied, event_dim))
         prefix = "module." if isinstance(copied, PyroModule) else "module.net."
-        self._prior = _as_prior(prior)
+        self._prior = as_prior(prior)
         self._names: dict[str, str] = {}
         for name, parameter in copied.named_parameters():
             fn = self._prior(name, parameter.detach())
@@ -127,11 +211,25 @@ class Bayesian(NamedModule):
             )
         inner = self.inner
         values = dict(inner.named_buffers())
-        latent = {
-            full: pyro.sample(name, self._prior(name, values[full]))
-            for name, full in self._names.items()
-        }
+        shared: dict[str, Tensor] = {}  # what several parameters depend on is drawn once
+        latent = {}
+        for name, full in self._names.items():
+            above = self._above(name, values[full])
+            for site, fn in above.items():
+                if site not in shared:
+                    shared[site] = pyro.sample(site, fn)
+            given = (shared[site] for site in above)
+            latent[full] = pyro.sample(name, self._prior(name, values[full], *given))
         return functional_call(inner, latent, batch, options)
+
+    def starts(self) -> dict[str, Tensor]:
+        """Return the values that the parameters had in the module, by site: where to start from."""
+        values = dict(self.inner.named_buffers())
+        return {name: values[full].clone() for name, full in self._names.items()}
+
+    def _above(self, name: str, value: Tensor) -> dict[str, Distribution]:
+        latents = getattr(self._prior, "latents", None)
+        return {} if latents is None else latents(name, value)
 
 
 class _Plain(nn.Module):
@@ -145,7 +243,8 @@ class _Plain(nn.Module):
         return self.module.forward(*batch, **options)
 
 
-def _as_prior(prior: Any) -> Prior:
+def as_prior(prior: Any) -> Prior:
+    """Return a function of name and value, given one or a distribution to be expanded over each."""
     if not hasattr(prior, "sample"):
         return prior
 

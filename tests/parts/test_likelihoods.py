@@ -13,7 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from ppl_models.parts.likelihoods import Bernoulli, Categorical, Gaussian
+from ppl_models import VAE
+from ppl_models.parts.likelihoods import (
+    Bernoulli,
+    Categorical,
+    Classes,
+    Counts,
+    Gaussian,
+    Homoscedastic,
+)
 
 SHAPES = st.lists(st.integers(1, 3), max_size=2).map(tuple)
 EVENTS = st.lists(st.integers(1, 3), min_size=1, max_size=2).map(tuple)
@@ -86,3 +94,44 @@ def test_a_negative_minimum_is_refused(value: float) -> None:
 def test_a_single_class_is_refused(classes: int) -> None:
     with pytest.raises(ValueError, match=f"Categorical: classes must be at least 2, got {classes}"):
         Categorical(classes)
+
+
+@settings(deadline=None, max_examples=25)
+@given(batch=SHAPES, event=EVENTS, seed=st.integers(0, 2**31))
+def test_one_scale_classes_and_counts_are_those_of_scipy(batch: Any, event: Any, seed: int) -> None:
+    random = np.random.default_rng(seed)
+    outputs = random.normal(size=(*batch, 3, *event))
+    lead, events = outputs[..., :1, *(slice(None),) * len(event)], len(event)
+    loc = np.squeeze(lead, -events - 1)
+    x = random.normal(size=loc.shape)
+    scale = random.uniform(0.5, 2.0, size=batch)
+    wide = scale.reshape(*batch, *(1,) * events)
+    codes = random.integers(0, 3, size=loc.shape)
+    shares = scipy.special.softmax(outputs, -events - 1)
+    of_code = np.take_along_axis(shares, np.expand_dims(codes, -events - 1), -events - 1)
+    n = scipy.stats.norm
+    for fn, value, want in (
+        (Homoscedastic(0.3)(torch.tensor(lead), events), x, n(loc, 0.3).logpdf(x)),
+        (
+            Homoscedastic()(torch.tensor(lead), events, noise_scale=torch.tensor(scale)),
+            x,
+            n(loc, wide).logpdf(x),
+        ),
+        (Classes(3)(torch.tensor(outputs), events), codes, np.log(of_code.squeeze(-events - 1))),
+        (
+            Counts()(torch.tensor(lead), events),
+            codes.astype(float),
+            scipy.stats.poisson(np.exp(loc)).logpmf(codes),
+        ),
+    ):
+        made: Any = fn
+        assert (made.batch_shape, made.event_shape) == (batch, event)
+        axes = tuple(range(-events, 0))
+        assert_close(made.log_prob(torch.tensor(value)), torch.tensor(want.sum(axes)))
+
+
+def test_a_scale_to_be_inferred_needs_a_model_that_does() -> None:
+    assert VAE(4, 2, likelihood=Homoscedastic(0.1))(size=3).shape == (3, 4)
+    vae = VAE(4, 2, likelihood=Homoscedastic())
+    with pytest.raises(ValueError, match="infers no latents of its likelihood. Give a known scale"):
+        vae(size=3)

@@ -130,14 +130,14 @@ def _run(
 ) -> dict[str, Tensor]:
     """Run a function of one draw on every draw, chunk by chunk."""
     total = len(next(iter(latents.values())))
-    with _Made() as made:
+    with Made() as made:
         first = once({name: value[0] for name, value in latents.items()})
     chunk = max(1, min(total, MEMORY // max(1, made.bytes)))
     results = {name: value.new_empty(total, *value.shape) for name, value in first.items()}
     together = chunk > 1
     for start in range(0, total, chunk):
         part = {name: value[start : start + chunk] for name, value in latents.items()}
-        drawn = _at_once(once, part) if together else None
+        drawn = at_once(once, part) if together else None
         together = drawn is not None  # what `vmap` cannot do, the first chunk tells
         if drawn is not None:
             for name, value in drawn.items():
@@ -149,10 +149,10 @@ def _run(
     return results
 
 
-def _at_once(
+def at_once(
     once: Callable[[dict[str, Tensor]], dict[str, Tensor]], part: dict[str, Tensor]
 ) -> dict[str, Tensor] | None:
-    """Run all draws of a chunk in one go, or return None where the model does not allow that."""
+    """Run a function of one draw on a chunk of them in one go, or return None where that fails."""
     # Checks of arguments look at values, which `vmap` hides; the first draw went through them.
     with suppress(Exception), pyro.validation_enabled(False), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # operations that `vmap` itself loops over
@@ -185,7 +185,7 @@ def _in_distributions(frame: FrameType) -> bool:
     return module.startswith(("torch.distributions.", "pyro.distributions."))
 
 
-class _Made(TorchDispatchMode):
+class Made(TorchDispatchMode):
     """Adds up the size of all tensors made in a block: more than are alive at once."""
 
     def __init__(self) -> None:

@@ -14,7 +14,14 @@ from pyro import poutine
 from torch import Tensor, nn
 from torch.distributions import Independent
 
-from ppl_models.core.batch import as_batch, check_device, check_model, check_programs, moved
+from ppl_models.core.batch import (
+    as_batch,
+    check_data,
+    check_device,
+    check_model,
+    check_programs,
+    moved,
+)
 from ppl_models.core.checks import check_count
 from ppl_models.core.modes import evaluation_mode
 from ppl_models.core.random import seeded
@@ -120,6 +127,7 @@ def sample(
     ):
         size = len(arguments[0]) if arguments else 1
         table = check_model(model, arguments, plate=plate, rows=size, tries=STARTS)
+        check_data(model, arguments)
         with suppress(Exception), seeded(0), torch.no_grad(), poutine.block():
             model(*arguments)  # what it makes by pyro.param is made in its own precision
         _check_latents(model, table, sampler, rows=rows)
