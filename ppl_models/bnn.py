@@ -52,6 +52,7 @@ class BayesianNeuralNetwork(NamedModule):
         Blundell, Cornebise, Kavukcuoglu & Wierstra (2015). https://arxiv.org/abs/1505.05424
 
     Example:
+        >>> import torch
         >>> model = BayesianNeuralNetwork(data_dim=3, hidden=(8,))
         >>> model(torch.randn(5, 3)).shape
         torch.Size([5])

@@ -94,6 +94,14 @@ def test_errors_of_the_density_are_as_large_as_it_varies() -> None:
         assert bool(((ratio - 1).abs() < 5 / 400**0.5).all())
 
 
+def test_rows_that_are_the_same_err_together() -> None:
+    x, y = data()
+    q = exact(x, y)
+    x, y = x[:1].expand(6, 2), y[:1].expand(6)
+    found = predict(line, lambda x: pyro.sample("w", q), x, y, draws=200, seed=0).log_density
+    assert found.se == pytest.approx(found.rows_se[0].item())
+
+
 def test_errors_know_that_neighbours_of_a_chain_hang_together() -> None:
     x, y = data()
     q = exact(x, y)

@@ -154,8 +154,8 @@ def test_noise_is_drawn_anew_for_each_draw_all_at_once(
             pyro.sample("x", likelihood(family, rate), obs=x)
 
     drawn: list[Any] = []
-    run = predictive._at_once
-    monkeypatch.setattr(predictive, "_at_once", lambda *a: drawn.append(run(*a)) or drawn[-1])
+    run = predictive.at_once
+    monkeypatch.setattr(predictive, "at_once", lambda *a: drawn.append(run(*a)) or drawn[-1])
     posterior = Posterior({"rate": torch.full((2, 2000), 1.5)})
     found = posterior.predictive(model, torch.ones(2), limit=4000, seed=0)["x"]
     assert all(chunk is not None for chunk in drawn)
@@ -182,13 +182,13 @@ def test_chunks_keep_within_the_memory_and_leave_no_seam(monkeypatch: pytest.Mon
     x = torch.tensor([1.0, 3.0, 0.5])
     posterior, mean, variance = exact_mean(x)
     sizes: list[int] = []
-    run = predictive._at_once
+    run = predictive.at_once
 
     def watched(once: Any, part: dict[str, Tensor]) -> Any:
         sizes.append(len(part["w"]))
         return run(once, part)
 
-    monkeypatch.setattr(predictive, "_at_once", watched)
+    monkeypatch.setattr(predictive, "at_once", watched)
     posterior.predictive(normal_mean, x, limit=4000, seed=0)
     monkeypatch.setattr(predictive, "MEMORY", 100_000)
     found = posterior.predictive(normal_mean, x, limit=4000, seed=0)
