@@ -100,6 +100,21 @@ class PPCA(NamedModule):
         diagonal = (self.noise_scale**2).unsqueeze(-1).expand(*self.loc.shape)
         return dist.LowRankMultivariateNormal(self.loc, self.loading, diagonal).log_prob(x)
 
+    @torch.no_grad()
+    def maximize(self, x: Float[Tensor, "N D"], *, z: Float[Tensor, "S N K"]) -> None:
+        r"""Set the parameters to the maximum of the mean log density of `x` and draws of `z`.
+
+        It is the M-step of EM: the regression of `x` on `z`, whose mean squared residual is
+        :math:`\sigma^2` (ibid., equations 27 and 28, with means over draws for expectations).
+        """
+        design = torch.cat([z, torch.ones_like(z[..., :1])], -1)
+        gram = torch.einsum("snj,snk->jk", design, design)
+        cross = torch.einsum("nd,snk->kd", x, design)
+        coefficients = torch.linalg.solve(gram, cross)
+        self.loading.copy_(coefficients[:-1].mT)
+        self.loc.copy_(coefficients[-1])
+        self.log_noise_scale.copy_((x - design @ coefficients).square().mean().log() / 2)
+
     @classmethod
     def maximum_likelihood(cls, x: Float[Tensor, "N D"], latent_dim: int) -> PPCA:
         r"""Return the model that maximises the likelihood of `x`.

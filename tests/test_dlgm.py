@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pyro
 import pytest
 import torch
 from pyro import poutine
@@ -13,7 +14,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from guides import Amortized, Exact, Ladder, Local
-from ppl_models import PPCA, DeepLatentGaussian
+from ppl_models import PPCA, DeepLatentGaussian, FactorAnalysis
 from ppl_models.core.traces import vectorizes
 from ppl_models.evaluate import elbo, log_evidence
 from ppl_models.infer import ELBO, fit
@@ -79,6 +80,30 @@ def test_one_linear_layer_is_ppca() -> None:
     assert_close(one.covariance_matrix, other.covariance_matrix.expand(7, 2, 2))
     estimate = log_evidence(model, Amortized(model, hidden=(4,)), x, particles=20_000, seed=0)
     assert abs(estimate.mean - ppca.log_evidence(x).mean().item()) < 5 * estimate.se + 1e-3
+
+
+def test_one_linear_layer_with_a_noise_scale_for_each_column_is_factor_analysis() -> None:
+    analysis = FactorAnalysis(data_dim=5, latent_dim=2)
+    model = DeepLatentGaussian(5, (2,), hidden=(), likelihood=Gaussian(min_scale=0.0))
+    (layer,) = (m for m in model.layers[0].modules() if isinstance(m, nn.Linear))
+    torch.manual_seed(1)
+    with torch.no_grad():
+        analysis.loc.normal_()
+        analysis.log_noise_scale.normal_().mul_(0.5)
+        layer.weight.copy_(torch.cat([analysis.loading, torch.zeros(5, 2)]))
+        layer.bias.copy_(torch.cat([analysis.loc, 2.0 * analysis.noise_scale.log()]))
+    x = analysis(size=7).detach()
+    # Exact for the other, so every weight p(x, z) / q(z | x) is the evidence.
+    bound = elbo(model, lambda x: _named(analysis, x), x, particles=2, seed=0)
+    assert bound.rows is not None
+    assert_close(bound.rows, analysis.log_evidence(x).detach(), rtol=1e-6, atol=1e-6)
+    estimate = log_evidence(model, Amortized(model, hidden=(4,)), x, particles=20_000, seed=0)
+    assert abs(estimate.mean - analysis.log_evidence(x).mean().item()) < 5 * estimate.se + 1e-3
+
+
+def _named(analysis: FactorAnalysis, x: torch.Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        pyro.sample("z1", analysis.posterior(x))
 
 
 @pytest.mark.parametrize("name", ["sigmoid", "relu"])

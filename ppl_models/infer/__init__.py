@@ -1,5 +1,6 @@
 """Inference: objectives and SVI, samplers and posteriors."""
 
+from ppl_models.infer.em import EM, MonteCarloE, VariationalE, expectation_maximization
 from ppl_models.infer.mcmc.posterior import Posterior
 from ppl_models.infer.mcmc.run import sample
 from ppl_models.infer.mcmc.samplers import NUTS, GibbsWithGradients
@@ -8,13 +9,17 @@ from ppl_models.infer.svi import Fit, fit
 
 __all__ = [
     "ELBO",
+    "EM",
     "IWAE",
     "NUTS",
     "VIMCO",
     "Fit",
     "GibbsWithGradients",
+    "MonteCarloE",
     "Posterior",
     "ReweightedWakeSleep",
+    "VariationalE",
+    "expectation_maximization",
     "fit",
     "sample",
 ]

@@ -17,6 +17,7 @@ from pyro import poutine
 from pyro.infer import RenyiELBO, Trace_ELBO
 from pyro.infer.autoguide import AutoGuide
 from pyro.infer.elbo import ELBO as PyroELBO
+from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.optimizer import Optimizer
@@ -222,7 +223,7 @@ def fit(
         with (
             _no_gradients_after(model, guide, leaves),
             progress_bar(total, label, show) as bar,
-            _interruptible() as interrupted,
+            interruptible() as interrupted,
         ):
 
             def wait() -> bool:
@@ -344,14 +345,8 @@ def _leaves(
         poutine.replay(model, trace=guide_trace)(*batch)
     check_sites(model, told.trace, guide_trace, enumerates=enumerates)
 
-    def parameters(program: Any, trace: Any) -> list[Tensor]:
-        own = list(program.parameters()) if isinstance(program, nn.Module) else []
-        nodes = [node for node in trace.nodes.values() if node["type"] == "param"]
-        asked = [node["value"].unconstrained() for node in nodes]
-        return [value for value in [*own, *asked] if value.requires_grad and value.is_leaf]
-
-    of_model = {id(value): value for value in parameters(model, capture.trace)}
-    of_guide = {id(value): value for value in parameters(guide, guide_trace)}
+    of_model = {id(value): value for value in trainable(model, capture.trace)}
+    of_guide = {id(value): value for value in trainable(guide, guide_trace)}
     if fixed_model:
         leaves = [value for key, value in of_guide.items() if key not in of_model]
     else:
@@ -364,6 +359,14 @@ def _leaves(
         )
     shared = set(of_model) & set(of_guide)
     return leaves, sum(v.numel() for key, v in of_guide.items() if key not in shared)
+
+
+def trainable(program: Callable[..., Any], trace: Trace) -> list[Tensor]:
+    """Return the parameters of a module, and what `pyro.param` was asked for in a run of it."""
+    own = list(program.parameters()) if isinstance(program, nn.Module) else []
+    nodes: dict[str, Any] = dict(trace.nodes)
+    asked = [n["value"].unconstrained() for n in nodes.values() if n["type"] == "param"]
+    return [value for value in [*own, *asked] if value.requires_grad and value.is_leaf]
 
 
 def _check_choices(
@@ -460,7 +463,7 @@ def _no_gradients_after(model: Any, guide: Any, leaves: list[Tensor]) -> Iterato
 
 
 @contextmanager
-def _interruptible() -> Iterator[threading.Event]:
+def interruptible() -> Iterator[threading.Event]:
     """Turn the first Ctrl-C into an event, so that no step is torn; the second one interrupts."""
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
