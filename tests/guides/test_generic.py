@@ -472,10 +472,14 @@ def test_all_pairs_of_registry_names_are_found_or_refused_with_the_nearest() -> 
     for name, guide in itertools.product(MODELS, GUIDES):
         model = build(name, data).double()
         refused = None
-        if guide == "exact" and name.startswith("vae"):
-            refused = "quadratic"
-        elif name == "sbn" and guide not in ("amortized", "bottom-up", "local"):
-            refused = "discrete|needs a real one"
+        if guide == "exact" and name.startswith(("vae", "dlgm")):
+            refused = "is not quadratic in"
+        elif guide == "exact" and name in ("sbn", "def"):
+            refused = "needs a real one"
+        elif guide == "ladder" and name != "dlgm":
+            refused = "must be a DeepLatentGaussian"
+        elif name == "sbn" and guide in ("flow", "full", "low-rank"):
+            refused = "is discrete"
         if refused is not None:
             with pytest.raises(ValueError, match=refused):
                 lookup("guide", guide, GUIDES)(model, 5, (8,))

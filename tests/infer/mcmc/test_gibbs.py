@@ -256,7 +256,7 @@ def test_what_does_not_fit_is_refused() -> None:
         sample(model, x)
     with pytest.raises(ValueError, match=r"has none.*'z'.*NUTS"):
         sample(lambda: pyro.sample("z", dist.Normal(0, 1)), sampler=GibbsWithGradients())
-    with pytest.raises(ValueError, match="flips must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="flips must be an integer >= 1, got 0"):
         GibbsWithGradients(flips=0)
     wrong: Any = NUTS
     with pytest.raises(ValueError, match="nuts must be an instance"):
