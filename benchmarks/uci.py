@@ -16,6 +16,10 @@ are of mean-field networks in the same splits.
     python benchmarks/uci.py --data yacht boston --splits 5
     python benchmarks/uci.py --particles 1                     # sooner, and worse: noisy gradients
     python benchmarks/uci.py --quick                           # a look, in a minute
+    python benchmarks/uci.py --nuts --data boston energy yacht # NUTS beside it, on the first split
+
+With --nuts the chains start at draws of the mean-field guide. R-hat is the largest over test rows
+of the network's output, a function of the weights that does not change when units are renamed.
 """
 
 from __future__ import annotations
@@ -28,7 +32,8 @@ from typing import Any
 import pyro.distributions as dist
 import record
 import torch
-from torch import nn
+from pyro import poutine
+from torch import Tensor, nn
 
 from guides import Local
 from ppl_models import BayesianNeuralNetwork
@@ -36,7 +41,7 @@ from ppl_models.core.random import seeded
 from ppl_models.core.table import text_table
 from ppl_models.data import Dataset, load
 from ppl_models.evaluate import predict
-from ppl_models.infer import ELBO, fit
+from ppl_models.infer import ELBO, NUTS, Posterior, fit, sample
 from ppl_models.parts.likelihoods import Homoscedastic
 
 #: NLL, its standard error, RMSE and its standard error.
@@ -51,6 +56,7 @@ PUBLISHED = {
 
 def start(data: Dataset, options: argparse.Namespace) -> tuple[BayesianNeuralNetwork, Local]:
     """Make the network and its guide."""
+    assert data.y is not None
     features = data.x.shape[-1]
     with seeded(options.seed):
         units = options.hidden
@@ -67,8 +73,6 @@ def run(name: str, split: int, options: argparse.Namespace) -> dict[str, Any]:
     """Train and measure on one split."""
     data = load(f"uci/{name}", split=split).standardized()
     assert data.y is not None
-    assert data.y_test is not None
-    assert data.y_scale is not None
     model, guide = start(data, options)
     began = time.perf_counter()
     result = fit(
@@ -82,23 +86,75 @@ def run(name: str, split: int, options: argparse.Namespace) -> dict[str, Any]:
         seed=options.seed,
         progress=False,
     )
-    found = predict(model, guide, data.x_test, data.y_test, draws=options.draws, seed=options.seed)
+    figures = {
+        "data": name,
+        "split": split,
+        **measured(model, guide, data, options),
+        "bound": result.bounds[-100:].mean().item(),
+        "steps": result.steps,
+        "compiled": result.compiled,
+        "seconds": time.perf_counter() - began,
+    }
+    return figures | (sampled(model, guide, data, options) if options.nuts else {})
+
+
+def measured(
+    model: BayesianNeuralNetwork, posterior: Any, data: Dataset, options: argparse.Namespace
+) -> dict[str, Any]:
+    """Predict the test rows, and say how well, in raw units."""
+    assert data.y_test is not None
+    assert data.y_scale is not None
+    found = predict(
+        model, posterior, data.x_test, data.y_test, draws=options.draws, seed=options.seed
+    )
     assert found.log_density is not None
     square = (found.mean - data.y_test).square().mean().item()
     return {
-        "data": name,
-        "split": split,
         # The density of the raw target is that of the standardised one, over its scale.
         "nll": math.log(data.y_scale) - found.log_density.mean,
         "nll_se": found.log_density.se,
         "rmse": math.sqrt(square) * data.y_scale,
         "noise_scale": found.aleatoric.mean().item() * data.y_scale,
         "epistemic": found.epistemic.mean().item() * data.y_scale,
-        "bound": result.bounds[-100:].mean().item(),
-        "steps": result.steps,
-        "compiled": result.compiled,
-        "seconds": time.perf_counter() - began,
     }
+
+
+def sampled(
+    model: BayesianNeuralNetwork, guide: Local, data: Dataset, options: argparse.Namespace
+) -> dict[str, Any]:
+    """Sample the same posterior, started at the guide, and measure as before."""
+    posterior = sample(
+        model,
+        data.x,
+        data.y,
+        sampler=NUTS(max_depth=options.depth, float32=options.float32),
+        init=guide,
+        chains=options.chains,
+        draws=options.nuts_draws,
+        warmup=options.warmup,
+        seed=options.seed,
+        progress=options.progress,
+    )
+    figures = measured(model, posterior, data, options)
+    assert posterior.leapfrogs is not None
+    return {f"nuts_{key}": value for key, value in figures.items()} | {
+        "nuts_rhat": outputs(model, posterior, data.x_test).rhat()["outputs"].max().item(),
+        "nuts_rhat_weights": max(value.max().item() for value in posterior.rhat().values()),
+        "nuts_divergences": int(posterior.divergences.sum()),
+        "nuts_leapfrogs": posterior.leapfrogs.double().mean().item(),
+        "nuts_compiled": posterior.compiled,
+        "nuts_seconds": posterior.seconds,
+    }
+
+
+def outputs(model: BayesianNeuralNetwork, posterior: Posterior, x: Tensor) -> Posterior:
+    """Return what the network puts out for each row in each draw, shape (chains, draws, rows)."""
+    rows = []
+    for chain in range(posterior.chains):
+        weights = {site: posterior[site][chain] for site in model.net.starts()}
+        with torch.no_grad(), poutine.condition(data=weights):
+            rows.append(model.net(x.to(next(iter(weights.values())))).squeeze(-1))
+    return Posterior({"outputs": torch.stack(rows)})
 
 
 def summary(rows: list[dict[str, Any]], key: str) -> tuple[float, float]:
@@ -110,27 +166,67 @@ def summary(rows: list[dict[str, Any]], key: str) -> tuple[float, float]:
 
 def report(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
     """Write the table of what is there so far, beside what is published."""
-    lines = []
-    for name in dict.fromkeys(row["data"] for row in rows):
-        of = [row for row in rows if row["data"] == name]
-        nll, nll_se, rmse, rmse_se = PUBLISHED[name]
-        lines.append(
-            (
-                name,
-                str(len(of)),
-                "{:.3f} +- {:.3f}".format(*summary(of, "nll")),
-                f"{nll:.2f} +- {nll_se:.2f}",
-                "{:.3f} +- {:.3f}".format(*summary(of, "rmse")),
-                f"{rmse:.2f} +- {rmse_se:.2f}",
-                f"{summary(of, 'seconds')[0]:.1f}",
-            )
-        )
-    head = ("data", "splits", "NLL", "published", "RMSE", "published", "s a split")
     title = (
         f"Bayesian neural networks on UCI regressions: mean-field, {options.hidden} units, "
         f"{options.epochs} epochs, {options.particles} draws a step, lr {options.lr:g}, raw units"
     )
-    record.write(options.name, title, text_table(head, lines, right=" rrrrrr"), rows)
+    if options.nuts:
+        title += f"; NUTS, {options.chains} chains of {options.nuts_draws} after {options.warmup}"
+    table = beside_nuts(rows) if options.nuts else beside_published(rows)
+    record.write(options.name, title, table, rows)
+
+
+def beside_published(rows: list[dict[str, Any]]) -> str:
+    """Lay out means over splits, and how far they are from the published ones in joint errors."""
+    lines = []
+    for name in dict.fromkeys(row["data"] for row in rows):
+        of = [row for row in rows if row["data"] == name]
+        line = [name, str(len(of))]
+        for key, there, error in zip(
+            ("nll", "rmse"), PUBLISHED[name][::2], PUBLISHED[name][1::2], strict=True
+        ):
+            mean, se = summary(of, key)
+            line += [
+                f"{mean:.3f} +- {se:.3f}",
+                f"{there:.2f} +- {error:.2f}",
+                f"{(mean - there) / math.hypot(se, error):+.1f}",
+            ]
+        lines.append((*line, f"{summary(of, 'seconds')[0]:.1f}"))
+    head = ("data", "splits", "NLL", "published", "s.e.", "RMSE", "published", "s.e.", "s a split")
+    return text_table(head, lines, right=" rrrrrrrr")
+
+
+def beside_nuts(rows: list[dict[str, Any]]) -> str:
+    """Lay out both posteriors of each split."""
+    head = ("data", "split", "posterior", "NLL", "RMSE", "R-hat", "of weights", "leapfrogs", "s")
+    lines = []
+    for row in rows:
+        start = (row["data"], str(row["split"]))
+        lines.append(
+            (
+                *start,
+                "mean-field",
+                f"{row['nll']:.3f}",
+                f"{row['rmse']:.3f}",
+                "",
+                "",
+                "",
+                f"{row['seconds']:.0f}",
+            )
+        )
+        lines.append(
+            (
+                *start,
+                "NUTS",
+                f"{row['nuts_nll']:.3f}",
+                f"{row['nuts_rmse']:.3f}",
+                f"{row['nuts_rhat']:.3f}",
+                f"{row['nuts_rhat_weights']:.2f}",
+                f"{row['nuts_leapfrogs']:.0f}",
+                f"{row['nuts_seconds']:.0f}",
+            )
+        )
+    return text_table(head, lines, right="   rrrrrr")
 
 
 def main() -> None:
@@ -142,6 +238,9 @@ def main() -> None:
         for split in range(options.splits):
             rows.append(run(name, split, options))
             print("{data} {split}: NLL {nll:.3f}, RMSE {rmse:.3f}".format(**rows[-1]), flush=True)
+            if options.nuts:
+                told = "  NUTS: NLL {nuts_nll:.3f}, RMSE {nuts_rmse:.3f}, R-hat {nuts_rhat:.3f}"
+                print(told.format(**rows[-1]), flush=True)
         report(rows, options)  # after each data set, so that nothing is lost
 
 
@@ -150,7 +249,7 @@ def _options() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--data", nargs="+", choices=PUBLISHED, default=list(PUBLISHED))
-    parser.add_argument("--splits", type=int, default=20, help="the first of the 20")
+    parser.add_argument("--splits", type=int, help="the first of the 20; by default all, or 1")
     parser.add_argument("--hidden", type=int, default=50, help="units of the hidden layer")
     parser.add_argument("--epochs", type=int, default=500)
     parser.add_argument("--batch", type=int, default=32)
@@ -158,6 +257,13 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--particles", type=int, default=100, help="draws a step")
     parser.add_argument("--scale", type=float, default=0.05, help="of the guide at the start")
     parser.add_argument("--draws", type=int, default=100, help="of the predictions")
+    parser.add_argument("--nuts", action="store_true", help="NUTS as well, from the guide")
+    parser.add_argument("--chains", type=int, default=4, help="of NUTS")
+    parser.add_argument("--nuts-draws", type=int, default=500, help="of each chain")
+    parser.add_argument("--warmup", type=int, default=500, help="transitions before them")
+    parser.add_argument("--depth", type=int, default=8, help="doublings of a trajectory, at most")
+    parser.add_argument("--float32", action="store_true", help="NUTS in single precision")
+    parser.add_argument("--progress", action="store_true", help="a bar for NUTS")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--quick", action="store_true", help="few epochs: nothing to quote")
@@ -165,7 +271,9 @@ def _options() -> argparse.Namespace:
     options = parser.parse_args()
     if options.quick:
         options.splits, options.epochs = 1, 10
-    options.name = options.name or ("uci_quick" if options.quick else "uci")
+    options.splits = options.splits or (1 if options.nuts else 20)
+    name = "uci_nuts" if options.nuts else "uci"
+    options.name = options.name or (f"{name}_quick" if options.quick else name)
     return options
 
 
