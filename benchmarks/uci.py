@@ -151,7 +151,8 @@ def outputs(model: BayesianNeuralNetwork, posterior: Posterior, x: Tensor) -> Po
     """Return what the network puts out for each row in each draw, shape (chains, draws, rows)."""
     rows = []
     for chain in range(posterior.chains):
-        weights = {site: posterior[site][chain] for site in model.net.starts()}
+        # A network for each draw; the 1 stands for the rows, which share it.
+        weights = {site: posterior[site][chain].unsqueeze(1) for site in model.net.starts()}
         with torch.no_grad(), poutine.condition(data=weights):
             rows.append(model.net(x.to(next(iter(weights.values())))).squeeze(-1))
     return Posterior({"outputs": torch.stack(rows)})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -162,7 +163,7 @@ def check_programs(caller: str, **programs: Any) -> None:
     """
     for role, program in programs.items():
         if isinstance(program, type) or not callable(program):
-            what = f"the class {program.__name__}" if isinstance(program, type) else repr(program)
+            what = f"the class {program.__name__}" if isinstance(program, type) else reprlib.repr(program)
             raise ValueError(
                 f"{caller}: {role} must be a Pyro {role}, a function or an instance of a module, "
                 f"got {what}."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -335,6 +336,15 @@ def test_two_modules_of_the_same_name_both_learn_and_leave_nothing_in_the_store(
     assert list(pyro.get_param_store().keys()) == ["mine"]
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Ctrl-C as in a terminal: what a shell starts in the background begins without it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_returns_what_was_learnt() -> None:
     model = Recorder()
     result = fit(
@@ -353,6 +363,7 @@ def test_ctrl_c_returns_what_was_learnt() -> None:
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_a_second_ctrl_c_interrupts_at_once() -> None:
     def twice(step: int, _: float) -> None:
         for _ in range(2):
