@@ -163,7 +163,11 @@ def check_programs(caller: str, **programs: Any) -> None:
     """
     for role, program in programs.items():
         if isinstance(program, type) or not callable(program):
-            what = f"the class {program.__name__}" if isinstance(program, type) else reprlib.repr(program)
+            what = (
+                f"the class {program.__name__}"
+                if isinstance(program, type)
+                else reprlib.repr(program)
+            )
             raise ValueError(
                 f"{caller}: {role} must be a Pyro {role}, a function or an instance of a module, "
                 f"got {what}."
