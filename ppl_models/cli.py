@@ -1,4 +1,4 @@
-"""The command line: fit, evaluate, sample, generate, compare, estimators, models, guides, show."""
+"""The command line: what the library does, for data in files, without a line of Python."""
 
 from __future__ import annotations
 
@@ -20,18 +20,23 @@ import torch
 import typer
 from torch import Tensor
 
+from guides import Local
+from guides.families import Family, FullNormal, LowRankNormal
 from guides.fitting import for_model
 from guides.registry import GUIDES, MODELS, ModelEntry, build, lookup
+from ppl_models.bnn import BayesianNeuralNetwork
 from ppl_models.core import recipe
 from ppl_models.core.batch import as_batch, check_model
+from ppl_models.core.checks import check_known
 from ppl_models.core.random import seeded
 from ppl_models.core.table import text_table
 from ppl_models.core.types import Refinable
 from ppl_models.data import Dataset
 from ppl_models.data.source import Source
-from ppl_models.evaluate import GradientVariance, Scorecard, gradient_variance, score
+from ppl_models.evaluate import GradientVariance, Prediction, Scorecard, gradient_variance, score
 from ppl_models.evaluate import compare as compare_guides
 from ppl_models.evaluate import generate as draw_rows
+from ppl_models.evaluate import predict as predict_rows
 from ppl_models.evaluate.pictures import (
     plot_interpolation,
     plot_latents,
@@ -43,6 +48,7 @@ from ppl_models.infer import fit as train
 from ppl_models.infer import sample as sample_posterior
 from ppl_models.infer.estimators import ESTIMATORS, Fitting, estimators_for, tuned
 from ppl_models.infer.step import Compile
+from ppl_models.parts.likelihoods import Classes, Counts, Homoscedastic, Likelihood
 from ppl_models.runs import Run, load_run, save_run
 
 app = typer.Typer(
@@ -57,6 +63,7 @@ app = typer.Typer(
       ppl-models evaluate runs/vae-amortized     how good its guide is, on test rows
       ppl-models compare vae --epochs 20         the same for several guides, side by side
       ppl-models estimators sbn                  how noisy each estimator of its gradient is
+      ppl-models predict --out predicted         a network that predicts, and says how surely
 
     Tables go to standard output, progress to standard error. `ppl-models COMMAND --help` has an
     example for each option.""",
@@ -66,6 +73,13 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+
+#: Families of the weights of a network, by name.
+WEIGHTS: Mapping[str, Family | None] = {
+    "mean-field": None,
+    "low-rank": LowRankNormal(),
+    "full": FullNormal(),
+}
 
 #: What `fit` draws, where there is something to draw.
 PICTURES = ("bounds", "latents", "reconstructions", "samples", "interpolation")
@@ -747,6 +761,101 @@ def estimators(
 
 
 @app.command()
+def predict(
+    data: Data = "digits",
+    target: Target = None,
+    hidden: Annotated[
+        str,
+        typer.Option(
+            help="Units of each tanh layer, with commas between; none for a linear model. "
+            "Such as --hidden 50,50."
+        ),
+    ] = "50",
+    family: Annotated[
+        str,
+        typer.Option(
+            help=f"What the posterior of the weights is taken for: {', '.join(WEIGHTS)}. "
+            "Such as --family low-rank."
+        ),
+    ] = "mean-field",
+    counts: Annotated[
+        bool,
+        typer.Option(
+            "--counts", help="The target is a count: whole numbers are classes otherwise."
+        ),
+    ] = False,
+    epochs: Epochs = 200,
+    batch_size: BatchSize = 64,
+    lr: LearningRate = 3e-3,
+    draws: Annotated[
+        int, typer.Option(help="Draws of the weights in a prediction. Such as --draws 5000.", min=2)
+    ] = 1000,
+    split: Split = 0,
+    test: TestShare = None,
+    image_size: ImageSize = None,
+    seed: Seed = 0,
+    threads: Threads = 1,
+    compile: Compiling = CompileChoice.AUTO,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for predictions.csv and calibration.png; made if missing. "
+            "Such as --out predicted."
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Train a Bayesian neural network on rows with a target, and predict the test rows.
+
+    Numbers come with two scales: aleatoric, noise that more data leave as it is, and epistemic, what
+    the weights could still be. Whole numbers and words are classes, unless they are counts. Columns
+    are standardised; what is told is in the units of the file.
+
+    \b
+    Examples:
+      ppl-models predict --epochs 5
+      ppl-models predict --data wine.csv --target alcohol --epochs 20 --out predicted
+      ppl-models predict --data wine.csv --target cultivar --epochs 5 --family low-rank --json
+    """
+    torch.set_num_threads(threads)
+    check_known("family", family, WEIGHTS)
+    size = _image_size(image_size)
+    rows = Source(data, target, split, test, size, None, standardize=True).load()
+    folder = None if out is None else _folder(out)
+    likelihood, y, y_test = _response(rows, counts)
+    with seeded(seed):
+        model = BayesianNeuralNetwork(
+            rows.x.shape[-1], hidden=_units(hidden), likelihood=likelihood
+        )
+        guide = Local(model, example=(rows.x[:2], y[:2]), family=WEIGHTS[family])
+    guide.start_around(model.net.starts(), scale=0.01)
+    typer.echo(f"Bayesian neural network, {family}, on {_describe(rows)}", err=True)
+    result = train(
+        model,
+        guide,
+        (rows.x, y),
+        epochs=epochs,
+        batch_size=batch_size,
+        lr=lr,
+        seed=seed,
+        compile=compile.mode,
+    )
+    found = predict_rows(model, guide, rows.x_test, y_test, draws=draws, seed=seed)
+    figures = {"data": rows.name, "target": _kind_of(likelihood), "test_rows": len(rows.x_test)}
+    figures |= _figures_of(found, rows, y, y_test) | {"seconds": result.seconds}
+    if as_json:
+        _print_json(figures)
+    else:
+        density, error = figures["log_density"], figures.pop("log_density_se")
+        density = f"{density:.4g} nats per row (error of the draws {error:.1g})"
+        typer.echo(_listed(figures | {"log_density": density}))
+    if folder is not None:
+        file = folder / "predictions.csv"
+        _predictions(found, rows, y_test).to_csv(file, index=False)
+        _say_written(folder, [file, _saved(found.plot(), folder / "calibration.png")])
+
+
+@app.command()
 def show(
     run: RunFolder,
     out: Annotated[
@@ -787,6 +896,74 @@ def show(
     if out is not None:
         folder = _folder(out)
         _say_written(folder, _pictures(folder, result, _known_data(loaded), 0))
+
+
+def _response(data: Dataset, counts: bool) -> tuple[Likelihood, Tensor, Tensor]:
+    """Return the likelihood that suits a target, the target, and that of the test rows."""
+    if data.y is None or data.y_test is None:
+        raise ValueError(
+            f"predict: {data.name} has no target to be predicted. For a table of your own name its "
+            "column, --target price; folders of images have a subfolder for each class."
+        )
+    y, y_test = data.y, data.y_test
+    if data.classes is None:
+        if counts:
+            raise ValueError("--counts: the target must be whole numbers, but it is continuous.")
+        return Homoscedastic(), y, y_test
+    if not counts:
+        return Classes(data.classes), y, y_test
+    values = data.labels or tuple(range(data.classes))
+    if not all(isinstance(value, int) for value in values):
+        raise ValueError(f"--counts: the target must be whole numbers, got {list(values[:3])}.")
+    numbers = torch.tensor(values, dtype=torch.float32)
+    return Counts(), numbers[y.long()], numbers[y_test.long()]
+
+
+def _kind_of(likelihood: Likelihood) -> str:
+    return {Homoscedastic: "a number", Counts: "a count"}.get(type(likelihood), "classes")
+
+
+def _figures_of(found: Prediction, data: Dataset, y: Tensor, y_test: Tensor) -> dict[str, Any]:
+    """Score predictions in the units of the file, beside those of someone who knows y alone."""
+    assert found.log_density is not None
+    scale = 1.0 if data.y_scale is None else data.y_scale
+    density = found.log_density.mean - math.log(scale)
+    figures: dict[str, Any] = {"log_density": density, "log_density_se": found.log_density.se}
+    if found.hits is not None:
+        right = (found.mean.argmax(-1) == y_test).double().mean().item()
+        most = (y_test == y.mode().values).double().mean().item()
+        return figures | {"accuracy": right, "accuracy_of_the_commonest_class": most}
+    off = (found.mean - y_test).square().mean().sqrt().item()
+    blind = (y.double().mean() - y_test).square().mean().sqrt().item()
+    return figures | {
+        "rmse": off * scale,
+        "rmse_of_the_mean": blind * scale,
+        "aleatoric": found.aleatoric.mean().item() * scale,
+        "epistemic": found.epistemic.mean().item() * scale,
+    }
+
+
+def _predictions(found: Prediction, data: Dataset, y_test: Tensor) -> pd.DataFrame:
+    """Tabulate the predictions of the test rows, in the units of the file."""
+    if found.hits is not None:
+        names = [str(name) for name in data.labels or range(found.mean.shape[-1])]
+        columns = {
+            "true": [names[code] for code in y_test.tolist()],
+            "predicted": [names[code] for code in found.mean.argmax(-1).tolist()],
+        }
+        probabilities = found.mean.T.cpu().tolist()
+        told = {f"p({name})": of for name, of in zip(names, probabilities, strict=True)}
+        return pd.DataFrame(columns | told)
+    loc = 0.0 if data.y_loc is None else data.y_loc
+    scale = 1.0 if data.y_scale is None else data.y_scale
+    return pd.DataFrame(
+        {
+            "true": (y_test.double() * scale + loc).tolist(),
+            "predicted": (found.mean.cpu() * scale + loc).tolist(),
+            "aleatoric": (found.aleatoric.cpu() * scale).tolist(),
+            "epistemic": (found.epistemic.cpu() * scale).tolist(),
+        }
+    )
 
 
 def _run(

@@ -14,12 +14,12 @@ import torch
 from sklearn.datasets import load_wine
 from typer.testing import CliRunner
 
-from guides import Exact, for_model
+from guides import Exact, Local, for_model
 from guides.registry import GUIDES, MODELS, build
-from ppl_models import PPCA, cli
+from ppl_models import PPCA, BayesianNeuralNetwork, cli
 from ppl_models.core.random import seeded
 from ppl_models.data import dataset, load
-from ppl_models.evaluate import generate, gradient_variance, score
+from ppl_models.evaluate import generate, gradient_variance, predict, score
 from ppl_models.infer import fit, sample
 from ppl_models.infer.estimators import ESTIMATORS, tuned
 from ppl_models.runs import load_run, save_run
@@ -170,6 +170,12 @@ def test_compare_writes_a_table_and_a_page_and_reproduces_by_its_seed(tmp_path) 
             "--estimators: none of these fits vae with amortized; leave it out for those that do.",
         ),
         (["estimators", "sbn", "--rows", "1438"], "--rows must be at most 1437, the training rows"),
+        (["predict", "--data", "wine.csv"], "predict: wine has no target to be predicted. For a"),
+        (["predict", "--family", "fall"], "there is no family 'fall'. Did you mean 'full'?"),
+        (
+            ["predict", "--data", "wine.csv", "--target", "hue", "--counts"],
+            "--counts: the target must be whole numbers, but it is continuous.",
+        ),
     ],
 )
 def test_what_a_user_gets_wrong_is_told_in_one_line(
@@ -523,3 +529,51 @@ def test_options_out_of_range_are_refused_before_anything_runs(fails) -> None:
     for option, value in (("--epochs", "0"), ("--batch-size", "0"), ("--particles", "1")):
         said = " ".join(fails("compare", "vae", option, value))
         assert f"Invalid value for '{option}'" in said
+
+
+def test_predict_tells_in_units_of_the_file_what_the_library_predicts(tmp_path) -> None:
+    wine = load_wine(as_frame=True).data
+    wine.to_csv(tmp_path / "wine.csv", index=False)
+    words = ["predict", "--data", str(tmp_path / "wine.csv"), "--target", "alcohol", "--json"]
+    words += ["--epochs", "30", "--hidden", "5", "--draws", "50", "--seed", "2", "--test", "0.25"]
+    told = json.loads(run(*words, "--out", str(tmp_path / "out")).stdout)
+    rows = dataset(wine.drop(columns="alcohol"), y=wine.alcohol, test=0.25, standardize=True)
+    with seeded(2):
+        model = BayesianNeuralNetwork(12, hidden=(5,))
+        guide = Local(model, example=(rows.x, rows.y))
+    guide.start_around(model.net.starts(), scale=0.01)
+    fit(model, guide, (rows.x, rows.y), epochs=30, batch_size=64, lr=3e-3, seed=2)
+    found = predict(model, guide, rows.x_test, rows.y_test, draws=50, seed=2)
+    assert rows.y_scale is not None
+    assert rows.y_test is not None
+    assert found.log_density is not None
+    assert rows.y_scale == pytest.approx(wine.alcohol.std(), rel=0.1)
+    assert told["log_density"] == pytest.approx(found.log_density.mean - np.log(rows.y_scale))
+    off = (found.mean - rows.y_test).square().mean().sqrt().item()
+    assert told["rmse"] == pytest.approx(off * rows.y_scale)
+    assert told["rmse"] < told["rmse_of_the_mean"]
+    table = pd.read_csv(tmp_path / "out" / "predictions.csv")
+    assert set(table["true"].round(4)) <= set(wine.alcohol.round(4))
+    square = ((table.predicted - table.true) ** 2).mean()
+    assert told["rmse"] == pytest.approx(square**0.5, rel=1e-5)
+    assert told["epistemic"] == pytest.approx(table.epistemic.mean())
+    assert (tmp_path / "out" / "calibration.png").stat().st_size > 1000
+
+
+def test_predict_takes_whole_numbers_for_classes_unless_they_are_counts(tmp_path) -> None:
+    wine = load_wine(as_frame=True)
+    table = wine.data[["hue", "alcohol"]].assign(cultivar=wine.target * 2)
+    table.to_csv(tmp_path / "wine.csv", index=False)
+    words = ["predict", "--data", str(tmp_path / "wine.csv"), "--target", "cultivar"]
+    words += ["--epochs", "40", "--json", "--family", "full", "--hidden", "4", "--draws", "20"]
+    classes = json.loads(run(*words, "--out", str(tmp_path / "classes")).stdout)
+    assert classes["target"] == "classes"
+    assert classes["accuracy"] > classes["accuracy_of_the_commonest_class"]
+    told = pd.read_csv(tmp_path / "classes" / "predictions.csv")
+    assert list(told.columns) == ["true", "predicted", "p(0)", "p(2)", "p(4)"]
+    assert (told.true == told.predicted).mean() == pytest.approx(classes["accuracy"])
+    counts = json.loads(run(*words, "--counts", "--out", str(tmp_path / "counts")).stdout)
+    assert counts["target"] == "a count"
+    told = pd.read_csv(tmp_path / "counts" / "predictions.csv")
+    assert set(told.true) == {0.0, 2.0, 4.0}
+    assert counts["rmse"] < counts["rmse_of_the_mean"]
