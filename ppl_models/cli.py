@@ -820,7 +820,9 @@ def predict(
     torch.set_num_threads(threads)
     check_known("family", family, WEIGHTS)
     size = _image_size(image_size)
-    rows = Source(data, target, split, test, size, None, standardize=True).load()
+    with warnings.catch_warnings():  # a column that is constant does no harm here
+        warnings.filterwarnings("ignore", ".* columns are constant")
+        rows = Source(data, target, split, test, size, None, standardize=True).load()
     folder = None if out is None else _folder(out)
     likelihood, y, y_test = _response(rows, counts)
     with seeded(seed):
