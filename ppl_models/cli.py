@@ -814,7 +814,7 @@ def predict(
     \b
     Examples:
       ppl-models predict --epochs 5
-      ppl-models predict --data wine.csv --target alcohol --epochs 20 --out predicted
+      ppl-models predict --data patients.csv --target progression --epochs 20 --out predicted
       ppl-models predict --data wine.csv --target cultivar --epochs 5 --family low-rank --json
     """
     torch.set_num_threads(threads)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from sklearn.datasets import load_digits, load_wine
+from sklearn.datasets import load_diabetes, load_digits, load_wine
 from typer.main import get_command
 from typer.testing import CliRunner
 
@@ -59,6 +59,8 @@ def place(tmp_path, monkeypatch) -> Path:
     wine = load_wine(as_frame=True)
     table = wine.data.assign(cultivar=np.array(["one", "two", "three"])[wine.target])
     table.to_csv("wine.csv", index=False)
+    patients = load_diabetes(as_frame=True)
+    patients.data.assign(progression=patients.target).to_csv("patients.csv", index=False)
     (tmp_path / "photos").mkdir()
     for number, image in enumerate(load_digits().images[:60]):
         picture = Image.fromarray((image * 15.9).astype(np.uint8)).resize((20, 24))
