@@ -10,6 +10,7 @@ from typing import Any
 from guides import families
 from guides.amortized import Amortized
 from guides.dlgm import Ladder
+from guides.ensemble import Ensemble
 from guides.exact import Exact
 from guides.local import Local
 from ppl_models.core.batch import as_batch
@@ -100,6 +101,11 @@ def for_model(model: Callable[..., Any], *, example: Any = None, plate: str = "d
             "Local(model, rows=len(x))",
             lambda: Local(model, rows=len(batch[0]) if batch else 1, example=batch, plate=plate),
             "free parameters for each row; new rows need refine(x)",
+        ),
+        (
+            "Ensemble(model)",
+            lambda: Ensemble(model, example=batch, plate=plate),
+            "a few MAP estimates from different starts, for what all rows share; no bound",
         ),
         ("Exact(model)", lambda: Exact(model, example=batch, plate=plate), "the posterior itself"),
     ]

@@ -14,6 +14,7 @@ from guides import families
 from guides.amortized import Amortized
 from guides.deep_exponential_family import LogCounts, start_near
 from guides.dlgm import Ladder
+from guides.ensemble import Ensemble
 from guides.exact import Exact
 from guides.flows import zuko
 from guides.local import Local
@@ -319,6 +320,13 @@ PAIRS: tuple[Pair, ...] = (
         row_wise=False,
     ),
     Pair(
+        "bnn-ensemble",
+        _bnn,
+        lambda model, rows: Ensemble(model, members=3, example=_conditional_batch(model, 2)),
+        batch=_conditional_batch,
+        row_wise=False,
+    ),
+    Pair(
         "bnn-convolutional", _convolutional_bnn, _global, batch=_conditional_batch, row_wise=False
     ),
 )
@@ -428,7 +436,7 @@ BLOCKS: Mapping[str, Callable[..., Any]] = {
             Bayesian,
         )
     },
-    **{f"guides.{made.__name__}": made for made in (Amortized, Exact, Ladder, Local)},
+    **{f"guides.{made.__name__}": made for made in (Amortized, Ensemble, Exact, Ladder, Local)},
     "encoders.LogCounts": LogCounts,
     **{f"families.{family.name}": type(family) for family in families.ALL},
     **{
