@@ -91,7 +91,8 @@ class Ensemble(SiteGuide):
         shape = _shape_of_plates()
         # Particles take turns, from a member drawn at random on: as many as there are members move
         # each once.
-        first = (torch.rand((), device=self._like.device) * self.size).long()
+        like = {"dtype": self._like.dtype, "device": self._like.device}
+        first = (torch.rand((), **like) * self.size).long()
         turns = torch.arange(math.prod(shape), device=self._like.device)
         self._drawn = ((first + turns) % self.size).reshape(shape)
         try:
