@@ -2,6 +2,7 @@
 
 from guides import families
 from guides.amortized import Amortized
+from guides.deep_set import DeepSet
 from guides.dlgm import Ladder
 from guides.ensemble import Ensemble
 from guides.exact import Exact
@@ -11,6 +12,7 @@ from guides.local import Local
 __all__ = [
     "Amortized",
     "Choices",
+    "DeepSet",
     "Ensemble",
     "Exact",
     "Ladder",

@@ -9,10 +9,12 @@ from typing import Any
 
 from guides import families
 from guides.amortized import Amortized
+from guides.deep_set import DeepSet
 from guides.dlgm import Ladder
 from guides.ensemble import Ensemble
 from guides.exact import Exact
 from guides.local import Local
+from ppl_models.bnn import Tasks
 from ppl_models.core.batch import as_batch
 from ppl_models.core.sites import describe, example_batch, site_table
 from ppl_models.core.table import text_table
@@ -114,6 +116,9 @@ def for_model(model: Callable[..., Any], *, example: Any = None, plate: str = "d
             "top-down: at each layer the prior meets what the data say; needs kl_weight to warm up"
         )
         tries.append(("Ladder(model)", lambda: Ladder(model, example=batch, plate=plate), why))
+    if isinstance(model, Tasks):
+        why = "a network reads each task as a set; `given(x, y)` serves a new one at once"
+        tries.append(("DeepSet(model)", lambda: DeepSet(model, example=batch, plate=plate), why))
     choices = []
     for name, make, good_for in tries:
         try:

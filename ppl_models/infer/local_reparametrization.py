@@ -22,7 +22,7 @@ from ppl_models.core.module import NamedModule
 from ppl_models.core.sites import describe_program, site_table
 from ppl_models.core.types import Distribution
 from ppl_models.parts.nn import Network
-from ppl_models.parts.priors import Bayesian
+from ppl_models.parts.priors import Bayesian, Plain
 
 ROWS = 3  # of the batch that shapes are read off: two could be anything
 
@@ -349,7 +349,7 @@ class _Rest(NamedModule):
         self.plate = plate
         self.layers = layers
         self.hidden = list(sites)
-        self.guide = guide
+        self.guide = Plain(guide)
 
     def forward(self, *batch: Tensor) -> None:
         with _Without(self.hidden):

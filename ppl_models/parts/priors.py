@@ -171,7 +171,7 @@ class Bayesian(NamedModule):
         copied = copy.deepcopy(module)
         # Inside a plain module the copy keeps a Pyro context of its own, which stays inactive: the
         # sampled values that stand in for its parameters are never registered as parameters.
-        inner = _Plain(copied if isinstance(copied, PyroModule) else Network(copied, event_dim))
+        inner = Plain(copied if isinstance(copied, PyroModule) else Network(copied, event_dim))
         prefix = "module." if isinstance(copied, PyroModule) else "module.net."
         self._prior = as_prior(prior)
         self._names: dict[str, str] = {}
@@ -240,8 +240,12 @@ class Bayesian(NamedModule):
         return {} if latents is None else latents(name, value)
 
 
-class _Plain(nn.Module):
-    """Hold a module, and call its `forward` directly."""
+class Plain(nn.Module):
+    """Hold a module, and call its `forward` directly.
+
+    So a `PyroModule` keeps its name and a context of its own, which stays inactive, and it may have
+    run before by itself, which Pyro forbids a submodule.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()

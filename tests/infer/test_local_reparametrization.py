@@ -289,6 +289,10 @@ def test_what_is_trained_is_what_was_given() -> None:
     last = lambda name, value: normal()(name, value) if name.startswith("2") else None
     model = BayesianNeuralNetwork(3, hidden=(4,), likelihood=Homoscedastic(0.3), prior=last)
     guide = guided(model, (x, y))
+    fit(
+        model, guide, (x, y), steps=1, lr=0.1, seed=0, progress=False
+    )  # both have run by themselves
+    guide(x, y)
     before = [p.detach().clone() for p in (*model.parameters(), *guide.parameters())]
     state = torch.get_rng_state()
     pair = local_reparametrization(model, guide)
@@ -297,6 +301,7 @@ def test_what_is_trained_is_what_was_given() -> None:
     after = [*model.parameters(), *guide.parameters()]
     assert len(after) == 4
     assert not any(torch.equal(b, a) for b, a in zip(before, after, strict=True))
+    elbo(model, guide, x, y, particles=2)
 
 
 def test_the_weight_of_divergences_in_warm_up_is_that_of_the_closed_form() -> None:
