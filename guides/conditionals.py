@@ -56,7 +56,7 @@ class Bijected(Conditional):
         """Return the numbers of a normal around a value, `scale` wide on the unconstrained space."""
         numbers = self.initial().to(value)
         if self._support is not None:
-            value = biject_to(_moved(self._support, value)).inv(value)
+            value = biject_to(moved(self._support, value)).inv(value)
         numbers[: self.features] = value.flatten()
         numbers[self.features : 2 * self.features] = 2.0 * math.log(scale)
         return numbers
@@ -67,7 +67,7 @@ class Bijected(Conditional):
         if flat and len(self._shape) != 1:
             steps.append(T.ReshapeTransform(Size((self.features,)), self._shape))
         if self._support is not None:
-            steps.append(biject_to(_moved(self._support, like)))
+            steps.append(biject_to(moved(self._support, like)))
         return dist.TransformedDistribution(base, steps) if steps else base
 
 
@@ -266,7 +266,7 @@ def is_half_line(base: constraints.Constraint) -> bool:
     return isinstance(base, half_lines) and not torch.as_tensor(base.lower_bound).any()
 
 
-def _moved(support: constraints.Constraint, like: Tensor) -> constraints.Constraint:
+def moved(support: constraints.Constraint, like: Tensor) -> constraints.Constraint:
     """Bring the bounds of a support to where the parameters are."""
     base, dims = base_support(support)
     if not any(isinstance(bound, Tensor) for bound in vars(base).values()):

@@ -9,9 +9,12 @@ from typing import Any
 
 from guides import families
 from guides.amortized import Amortized
+from guides.deep_set import DeepSet
 from guides.dlgm import Ladder
+from guides.ensemble import Ensemble
 from guides.exact import Exact
 from guides.local import Local
+from ppl_models.bnn import Tasks
 from ppl_models.core.batch import as_batch
 from ppl_models.core.sites import describe, example_batch, site_table
 from ppl_models.core.table import text_table
@@ -101,6 +104,11 @@ def for_model(model: Callable[..., Any], *, example: Any = None, plate: str = "d
             lambda: Local(model, rows=len(batch[0]) if batch else 1, example=batch, plate=plate),
             "free parameters for each row; new rows need refine(x)",
         ),
+        (
+            "Ensemble(model)",
+            lambda: Ensemble(model, example=batch, plate=plate),
+            "a few MAP estimates from different starts, for what all rows share; no bound",
+        ),
         ("Exact(model)", lambda: Exact(model, example=batch, plate=plate), "the posterior itself"),
     ]
     if isinstance(model, DeepLatentGaussian):  # a guide made for one model is not listed for others
@@ -108,6 +116,9 @@ def for_model(model: Callable[..., Any], *, example: Any = None, plate: str = "d
             "top-down: at each layer the prior meets what the data say; needs kl_weight to warm up"
         )
         tries.append(("Ladder(model)", lambda: Ladder(model, example=batch, plate=plate), why))
+    if isinstance(model, Tasks):
+        why = "a network reads each task as a set; `given(x, y)` serves a new one at once"
+        tries.append(("DeepSet(model)", lambda: DeepSet(model, example=batch, plate=plate), why))
     choices = []
     for name, make, good_for in tries:
         try:

@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from guides import families
 from guides.amortized import Amortized
 from guides.deep_exponential_family import LogCounts, start_near
+from guides.deep_set import DeepSet
 from guides.dlgm import Ladder
+from guides.ensemble import Ensemble
 from guides.exact import Exact
 from guides.flows import zuko
 from guides.local import Local
-from ppl_models.bnn import BayesianNeuralNetwork
+from ppl_models.bnn import BayesianNeuralNetwork, Tasks
 from ppl_models.core.checks import check_known
 from ppl_models.core.dynamic import Dynamic
 from ppl_models.core.random import seeded
@@ -166,6 +168,14 @@ def _conditional_batch(model: Any, rows: int) -> Batch:
     like = next(value for value in model.buffers() if value.is_floating_point())
     with seeded(0), torch.no_grad():
         x = torch.randn(rows, *model.data_shape).to(like)
+        return x, model(x)
+
+
+def _tasks_batch(model: Tasks, rows: int) -> Batch:
+    """Draw the covariates of tasks with four rows each, and what the model makes of them."""
+    like = next(value for value in model.buffers() if value.is_floating_point())
+    with seeded(0), torch.no_grad():
+        x = torch.randn(rows, 4, *model.single.data_shape).to(like)
         return x, model(x)
 
 
@@ -319,6 +329,19 @@ PAIRS: tuple[Pair, ...] = (
         row_wise=False,
     ),
     Pair(
+        "bnn-ensemble",
+        _bnn,
+        lambda model, rows: Ensemble(model, members=3, example=_conditional_batch(model, 2)),
+        batch=_conditional_batch,
+        row_wise=False,
+    ),
+    Pair(
+        "bnn-deep-set",
+        lambda: Tasks(_bnn(prior=hierarchical())),
+        lambda model, rows: DeepSet(model, hidden=(8,), example=_tasks_batch(model, 2)),
+        batch=_tasks_batch,
+    ),
+    Pair(
         "bnn-convolutional", _convolutional_bnn, _global, batch=_conditional_batch, row_wise=False
     ),
 )
@@ -425,10 +448,14 @@ BLOCKS: Mapping[str, Callable[..., Any]] = {
             SigmoidBeliefNetwork,
             DeepExponentialFamily,
             BayesianNeuralNetwork,
+            Tasks,
             Bayesian,
         )
     },
-    **{f"guides.{made.__name__}": made for made in (Amortized, Exact, Ladder, Local)},
+    **{
+        f"guides.{made.__name__}": made
+        for made in (Amortized, DeepSet, Ensemble, Exact, Ladder, Local)
+    },
     "encoders.LogCounts": LogCounts,
     **{f"families.{family.name}": type(family) for family in families.ALL},
     **{

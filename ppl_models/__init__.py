@@ -1,6 +1,6 @@
 """Deep probabilistic models in Pyro and torch, and inference that says how good it was."""
 
-from ppl_models.bnn import BayesianNeuralNetwork
+from ppl_models.bnn import BayesianNeuralNetwork, Tasks
 from ppl_models.core.explain import explain
 from ppl_models.core.minibatch import minibatch
 from ppl_models.core.render import render
@@ -20,6 +20,7 @@ __all__ = [
     "DeepLatentGaussian",
     "FactorAnalysis",
     "SigmoidBeliefNetwork",
+    "Tasks",
     "bayesian",
     "explain",
     "minibatch",

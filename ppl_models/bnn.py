@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pyro
 from jaxtyping import Float
@@ -14,7 +15,7 @@ from ppl_models.core.module import NamedModule
 from ppl_models.core.types import Distribution
 from ppl_models.parts.likelihoods import Homoscedastic, Likelihood
 from ppl_models.parts.nn import check_network, mlp
-from ppl_models.parts.priors import Prior, as_prior, bayesian, normal
+from ppl_models.parts.priors import Plain, Prior, as_prior, bayesian, normal
 
 
 class BayesianNeuralNetwork(NamedModule):
@@ -119,6 +120,79 @@ class BayesianNeuralNetwork(NamedModule):
         check = getattr(self.observation, "check", None)
         if check is not None and y is not None:
             check(y)
+
+
+class Tasks(NamedModule):
+    r"""Many data sets of one kind, and a network of its own for each.
+
+    .. math::
+
+        w_t \sim p(w), \qquad y_{tn} \mid x_{tn}, w_t \sim p(y \mid f_{w_t}(x_{tn}))
+
+    A row of it is a task: a whole data set, with as many rows as the others. So weights are local
+    latents, and a guide can learn from many tasks what they are in a new one: see
+    `guides.DeepSet`.
+
+    Sites: those of the network, each a local latent; ``y`` observed, event ``(N,)``; plate ``data``,
+    over tasks.
+
+    Arguments:
+        single: The model of one task. What it does not infer is shared by all tasks.
+
+    Raises:
+        ValueError: If it is no `BayesianNeuralNetwork`.
+
+    Example:
+        >>> import torch
+        >>> tasks = Tasks(BayesianNeuralNetwork(data_dim=3, hidden=(8,)))
+        >>> tasks(torch.randn(4, 10, 3)).shape  # four tasks of ten rows
+        torch.Size([4, 10])
+    """
+
+    explicit = True
+
+    def __init__(self, single: BayesianNeuralNetwork) -> None:
+        super().__init__()
+        if not isinstance(single, BayesianNeuralNetwork):
+            raise ValueError(
+                "Tasks: single must be a BayesianNeuralNetwork, the model of one task, got "
+                f"{type(single).__name__}."
+            )
+        self._held = Plain(single)
+
+    @property
+    def single(self) -> BayesianNeuralNetwork:
+        """The model of one task."""
+        return self._held.module  # pyright: ignore[reportReturnType]
+
+    def forward(
+        self, x: Float[Tensor, "T N *event"], y: Tensor | None = None
+    ) -> Float[Tensor, "*batch T N *out"]:
+        """Tell the story of each task's `y` given its `x`, or draw it."""
+        if x.ndim != 2 + len(self.single.data_shape):
+            raise ValueError(
+                f"Tasks: x must have shape (tasks, rows, {', '.join(map(str, self.single.data_shape))})"
+                f", got {tuple(x.shape)}. For one task, x[None] and y[None]."
+            )
+        with pyro.plate("data", len(x)):
+            latents = {name: _by_task(name, fn) for name, fn in self.single.prior().items()}
+            outputs = self.single.net.run(self.single.net.draw(_by_task), x)
+            likelihood: Any = self.single.likelihood(outputs, **latents)
+            return pyro.sample("y", likelihood.to_event(1), obs=y)
+
+    def check_data(self, x: Tensor, y: Tensor | None = None) -> None:
+        """Refuse targets that the likelihood cannot learn from; `fit` and `sample` ask.
+
+        Raises:
+            ValueError: If a scale is to be inferred from targets that do not vary.
+        """
+        for i in range(len(x)):
+            self.single.check_data(x[i], None if y is None else y[i])
+
+
+def _by_task(site: str, prior: Distribution) -> Tensor:
+    """Draw a value for each task, with a dimension for the rows of the task."""
+    return pyro.sample(site, prior).unsqueeze(-1 - prior.event_dim)
 
 
 def _check_layers(net: nn.Module) -> None:

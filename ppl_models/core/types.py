@@ -50,6 +50,15 @@ class Objective(Protocol):
 
 
 @runtime_checkable
+class Points(Guide, Protocol):
+    """A guide that is a few points, each as probable as the others, and no density."""
+
+    def members(self) -> dict[str, Tensor]:
+        """Return all of its points, shape (K, ...) a site."""
+        ...
+
+
+@runtime_checkable
 class Refinable(Guide, Protocol):
     """A guide with parameters of its own for each row, which new rows need fitted afresh."""
 

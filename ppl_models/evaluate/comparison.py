@@ -20,7 +20,7 @@ from ppl_models.core.modes import evaluating
 from ppl_models.core.random import seeded, stream
 from ppl_models.core.sites import SiteTable, describe_program
 from ppl_models.core.store import own_parameters, scratch_store
-from ppl_models.core.types import Batch, Refinable
+from ppl_models.core.types import Batch, Points, Refinable
 from ppl_models.evaluate.bounds import elbo, log_evidence
 from ppl_models.evaluate.latent import active_units
 from ppl_models.evaluate.scorecard import Entry, Reference, Scorecard
@@ -415,6 +415,8 @@ def _notes(entries: list[Entry], rows: int | None) -> list[str]:
     notes = []
     if refined := [entry.name for entry in entries if entry.refined]:
         notes.append(f"Not the same: {', '.join(refined)} was refined on the test rows.")
+    if points := [entry.name for entry in entries if isinstance(entry.guide, Points)]:
+        notes.append(f"ELBO of {', '.join(points)} is no bound: points have no density.")
     beside = [entry for entry in entries if entry.reference is not None]
     for entry in beside:
         assert entry.reference is not None

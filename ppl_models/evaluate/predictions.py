@@ -20,7 +20,7 @@ from ppl_models.core.random import seeded
 from ppl_models.core.sites import SiteTable, base_distribution, describe_program, site_table
 from ppl_models.core.store import own_parameters, unchanged_on_error
 from ppl_models.core.traces import draw_latents, keep
-from ppl_models.core.types import Batch, Distribution
+from ppl_models.core.types import Batch, Distribution, Points
 from ppl_models.evaluate.estimate import Estimate
 from ppl_models.infer.mcmc.predictive import MEMORY, Made, at_once, thinned
 
@@ -114,11 +114,13 @@ def predict(
 
     Arguments:
         model: A conditional Pyro model, `model(x, y=None)`, that draws y where it is not given.
-        posterior: A guide, which is called with `x` alone; or draws of the latents, as `sample`
-            returns them, shape (chains, draws, ...).
+        posterior: A guide, which is called with `x` alone; an ensemble, of which each member is
+            taken once; or draws of the latents, as `sample` returns them, shape (chains, draws,
+            ...).
         x: Covariates; a tuple for several arguments.
         y: What was observed there, to be scored.
-        draws: Draws of the latents; of a posterior with more, as many, evenly over all.
+        draws: Draws of the latents; of a posterior with more, as many, evenly over all. Not used
+            for an ensemble, whose predictions are exact.
         site: Name of the site of y, if the model observes several.
         seed: An integer isolates and reproduces; None draws from the global random stream.
         plate: Name of the plate over rows.
@@ -156,6 +158,10 @@ def predict(
             draws = len(next(iter(kept.values())))
             groups = max(2, math.isqrt(draws))
             source = ({key: value[i] for key, value in kept.items()} for i in range(draws))
+        elif isinstance(posterior, Points):
+            members = posterior.members()
+            draws = groups = len(next(iter(members.values())))
+            source = ({key: value[i] for key, value in members.items()} for i in range(draws))
         else:
             guide, groups = posterior, GROUPS
             source = (draw_latents(guide, *batch) for _ in range(draws))
@@ -163,7 +169,7 @@ def predict(
         name = _response(model, table, first, site)
         _check_draws(table, first)
         target = given[-1] if y is not None else None
-        sums = _Sums(draws, min(groups, draws), target)
+        sums = _Sums(draws, min(groups, draws), target, is_all=isinstance(posterior, Points))
         for part in _chunks(_once(model, batch, table, name, target), first, source):
             sums.add(part)
         return sums.prediction(is_class=_is_class(table[name].fn))
@@ -271,8 +277,9 @@ def _chunks(
 class _Sums:
     """Sums over draws, in float64."""
 
-    def __init__(self, draws: int, groups: int, y: Tensor | None) -> None:
+    def __init__(self, draws: int, groups: int, y: Tensor | None, *, is_all: bool) -> None:
         self.draws = draws
+        self.is_all = is_all  # the posterior itself, and no sample of it
         self.seen = 0
         self.y = y
         # Neighbours are in one group: draws of a chain hang together.
@@ -320,7 +327,7 @@ class _Sums:
         return Prediction(
             mean=mean,
             aleatoric=(parts["noise"] / draws).sqrt(),
-            epistemic=(spread / max(1, draws - 1)).clamp(min=0.0).sqrt(),
+            epistemic=(spread / max(1, draws - (not self.is_all))).clamp(min=0.0).sqrt(),
             log_density=None if self.y is None else self._log_density(),
             draws=draws,
             levels=levels,
@@ -331,7 +338,9 @@ class _Sums:
         logs, count = self.parts["logs"], len(self.sizes)
         sizes = self.sizes.to(logs.device)
         rows = logs.logsumexp(0) - math.log(self.draws)
-        if count < 2:
+        if self.is_all:
+            error, se = torch.zeros_like(rows), 0.0
+        elif count < 2:
             error, se = torch.full_like(rows, math.nan), math.nan
         else:
             # How far the mean of each group is off, as a part of the mean of all.

@@ -1,6 +1,7 @@
 """Inference: objectives and SVI, samplers and posteriors."""
 
 from ppl_models.infer.em import EM, MonteCarloE, VariationalE, expectation_maximization
+from ppl_models.infer.local_reparametrization import local_reparametrization
 from ppl_models.infer.mcmc.posterior import Posterior
 from ppl_models.infer.mcmc.run import sample
 from ppl_models.infer.mcmc.samplers import NUTS, GibbsWithGradients
@@ -21,5 +22,6 @@ __all__ = [
     "VariationalE",
     "expectation_maximization",
     "fit",
+    "local_reparametrization",
     "sample",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -171,7 +171,7 @@ class Bayesian(NamedModule):
         copied = copy.deepcopy(module)
         # Inside a plain module the copy keeps a Pyro context of its own, which stays inactive: the
         # sampled values that stand in for its parameters are never registered as parameters.
-        inner = _Plain(copied if isinstance(copied, PyroModule) else Network(copied, event_dim))
+        inner = Plain(copied if isinstance(copied, PyroModule) else Network(copied, event_dim))
         prefix = "module." if isinstance(copied, PyroModule) else "module.net."
         self._prior = as_prior(prior)
         self._names: dict[str, str] = {}
@@ -209,18 +209,26 @@ class Bayesian(NamedModule):
                 "bayesian: its parameters are shared by all rows, so it must be called outside "
                 "`pyro.plate('data', ...)`. Move the call above the plate."
             )
-        inner = self.inner
-        values = dict(inner.named_buffers())
+        return self.run(self.draw(), *batch, **options)
+
+    def draw(self, sample: Callable[[str, Distribution], Any] = pyro.sample) -> dict[str, Any]:
+        """Sample the parameters, by site, or make something else of each site and its prior."""
+        values = dict(self.inner.named_buffers())
         shared: dict[str, Tensor] = {}  # what several parameters depend on is drawn once
-        latent = {}
+        drawn = {}
         for name, full in self._names.items():
             above = self._above(name, values[full])
             for site, fn in above.items():
                 if site not in shared:
                     shared[site] = pyro.sample(site, fn)
             given = (shared[site] for site in above)
-            latent[full] = pyro.sample(name, self._prior(name, values[full], *given))
-        return functional_call(inner, latent, batch, options)
+            drawn[name] = sample(name, self._prior(name, values[full], *given))
+        return drawn
+
+    def run(self, drawn: Mapping[str, Tensor], *batch: Any, **options: Any) -> Any:
+        """Run the module with these values for its parameters, by site."""
+        latent = {self._names[name]: value for name, value in drawn.items()}
+        return functional_call(self.inner, latent, batch, options)
 
     def starts(self) -> dict[str, Tensor]:
         """Return the values that the parameters had in the module, by site: where to start from."""
@@ -232,8 +240,12 @@ class Bayesian(NamedModule):
         return {} if latents is None else latents(name, value)
 
 
-class _Plain(nn.Module):
-    """Hold a module, and call its `forward` directly."""
+class Plain(nn.Module):
+    """Hold a module, and call its `forward` directly.
+
+    So a `PyroModule` keeps its name and a context of its own, which stays inactive, and it may have
+    run before by itself, which Pyro forbids a submodule.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()

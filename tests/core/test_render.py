@@ -15,6 +15,7 @@ from guides.registry import PAIRS
 from ppl_models import PPCA, VAE, render
 from ppl_models.core.picture import Picture
 from ppl_models.core.render import Graph, graph_of
+from ppl_models.core.sites import argument_names
 
 
 def schools(y: Tensor) -> None:
@@ -173,7 +174,8 @@ def test_every_pair_is_drawn(pair: Any) -> None:
     assert nearest
     assert drawn(picture, "model edge") >= {f"model edge {z} -> {data}" for z in nearest}
     nodes = drawn(picture, "guide node")
-    assert nodes - {f"guide node {data}"} == {f"guide node {z}" for z in latents}
+    read = {f"guide node {name}" for name in (data, *argument_names(model, len(batch)))}
+    assert nodes - read == {f"guide node {z}" for z in latents}
     reads = {edge for edge in drawn(picture, "guide edge") if f"edge {data} -> " in edge}
     assert bool(reads) is not isinstance(guide, Local) or not pair.row_wise
     assert (f"guide node {data}" in nodes) is bool(reads)
