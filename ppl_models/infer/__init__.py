@@ -3,7 +3,7 @@
 from ppl_models.infer.em import EM, MonteCarloE, VariationalE, expectation_maximization
 from ppl_models.infer.mcmc.posterior import Posterior
 from ppl_models.infer.mcmc.run import sample
-from ppl_models.infer.mcmc.samplers import NUTS, GibbsWithGradients
+from ppl_models.infer.mcmc.samplers import NUTS, SGHMC, GibbsWithGradients
 from ppl_models.infer.objectives import ELBO, IWAE, VIMCO, ReweightedWakeSleep
 from ppl_models.infer.svi import Fit, fit
 
@@ -12,6 +12,7 @@ __all__ = [
     "EM",
     "IWAE",
     "NUTS",
+    "SGHMC",
     "VIMCO",
     "Fit",
     "GibbsWithGradients",
