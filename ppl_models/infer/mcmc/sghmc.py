@@ -144,6 +144,8 @@ class Chains:
             *self._state, *self._stream, *self._settings, self._written, self._slot, self._goal,
         )  # fmt: skip
         self._loop = Loop(self._tick, self._live)
+        for value, start in zip(self._state, (positions, 0.0, 0.0), strict=True):
+            value.copy_(torch.as_tensor(start))  # to be recorded, it took steps
 
     @property
     def rung(self) -> str:

@@ -178,7 +178,7 @@ def on_minibatches(model: Any, batch_size: int, size: int = 30) -> tuple[Density
 
 def test_with_minibatches_the_chains_have_the_exact_moments_too() -> None:
     density, (x, y) = on_minibatches(regression, 15)
-    mean, precision = exact(x, y)
+    mean, _ = exact(x, y)
     chains = 10_000
     u = torch.tensor(mean).unsqueeze(1).expand(-1, chains).contiguous()
     state = State(u, torch.zeros_like(u), torch.zeros(chains, dtype=torch.float64))
