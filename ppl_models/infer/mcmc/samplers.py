@@ -93,8 +93,8 @@ class SGHMC:
     :math:`\epsilon^2 / (4 - 2 \alpha)`, and the noise of minibatches (the paper's
     :math:`\hat B`, here taken as 0) by about :math:`\epsilon^2 N / (2 \alpha B)`. The second is measured:
     `Posterior.gradient_noise`. Halving the step quarters both, and takes four times as many steps
-    to the next independent draw, of which it needs about :math:`\alpha / \epsilon^2`. The draws of a run
-    with half the step say whether the bias matters.
+    to the next independent draw, about :math:`2 \alpha / \epsilon^2`. Draws with half the step say
+    whether the bias matters.
 
     Arguments:
         batch_size: Rows :math:`B` of a minibatch.

@@ -176,16 +176,17 @@ def on_minibatches(model: Any, batch_size: int, size: int = 30) -> tuple[Density
     return density_of(model, part, table, rows=False, plate="data", whole=batch), batch
 
 
-def test_with_minibatches_the_chains_have_the_exact_moments_too() -> None:
-    density, (x, y) = on_minibatches(regression, 15)
+@pytest.mark.parametrize(("size", "batch_size"), [(30, 15), (6, 2)])
+def test_with_minibatches_the_chains_have_the_exact_moments_too(size: int, batch_size: int) -> None:
+    density, (x, y) = on_minibatches(regression, batch_size, size)
     mean, _ = exact(x, y)
     chains = 10_000
     u = torch.tensor(mean).unsqueeze(1).expand(-1, chains).contiguous()
     state = State(u, torch.zeros_like(u), torch.zeros(chains, dtype=torch.float64))
     stream = streams(4, torch.arange(chains))
     for _ in range(60):
-        state, stream = move(state, stream, settings(SCALE, chains), density, rows=(15, 30))
-    truth = stationary(x, y, SCALE, 15, STEP, FRICTION)
+        state, stream = move(state, stream, settings(SCALE, chains), density, rows=(batch_size, size))
+    truth = stationary(x, y, SCALE, batch_size, STEP, FRICTION)
     without = stationary(x, y, SCALE, None, STEP, FRICTION)
     assert (np.diag(truth) > 1.1 * np.diag(without)).all()  # the noise of minibatches shows
     check_covariance(torch.cat([state.u, state.v]).T, np.concatenate([mean, [0, 0]]), truth)
