@@ -287,7 +287,19 @@ class _Task:
                 engine.compile(lambda: _waited(report, made))
 
         ready = time.perf_counter()
-        if isinstance(engine, Chains) or bool(density.binary.all()):  # nothing to adapt
+        if isinstance(engine, Chains):
+            half = self.warmup // 2
+            made = len(engine.run(half, adapts=False, watch=watch))
+            if made == half:
+                engine.settle()
+                made += len(
+                    engine.run(
+                        self.warmup - half, adapts=False, watch=lambda now: watch(half + now)
+                    )
+                )
+            if made < self.warmup:
+                raise KeyboardInterrupt
+        elif bool(density.binary.all()):  # nothing to adapt
             if len(engine.run(self.warmup, adapts=False, watch=watch)) < self.warmup:
                 raise KeyboardInterrupt
         elif not warm_up(engine, groups, windows(self.warmup), watch, look_again):

@@ -99,7 +99,8 @@ class SGHMC:
     Arguments:
         batch_size: Rows :math:`B` of a minibatch.
         step_size: :math:`\epsilon`, in units of :math:`s`. By default that at which minibatches add
-            a twentieth to the variance, by the formula above, but at most 0.2.
+            a twentieth to the variance, by the formula above, but at most 0.2; it is shortened for
+            each chain after half of the warm-up, where they are measured to add more.
         friction: :math:`\alpha`, the share of the velocity that is lost in a step, in (0, 1];
             1 is Langevin dynamics.
         resample: Steps after which a chain draws its velocity anew; None leaves that to friction.
@@ -129,7 +130,7 @@ class SGHMC:
                 raise ValueError(f"SGHMC: {name} must be a number, {limit}, got {value!r}.")
 
     def step(self, size: int) -> float:
-        """Return the step size for a data set of some rows."""
+        """Return the step size to begin with, for a data set of some rows."""
         if self.step_size is not None:
             return self.step_size
         if self.batch_size == size:

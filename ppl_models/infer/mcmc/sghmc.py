@@ -19,7 +19,7 @@ from ppl_models.infer.mcmc.engine import NARROW, NUMBERS, PART, Draws, Watch, re
 from ppl_models.infer.mcmc.hashing import Stream, normals, streams, uniforms
 from ppl_models.infer.mcmc.loop import Loop
 from ppl_models.infer.mcmc.nuts import put
-from ppl_models.infer.mcmc.samplers import SGHMC
+from ppl_models.infer.mcmc.samplers import NOISE, SGHMC
 
 PROBES = 32  # minibatches of each chain, by which their noise is measured
 
@@ -40,7 +40,7 @@ class Settings(NamedTuple):
     """How they move."""
 
     scale: Tensor  # of each coordinate (D, C)
-    step: Tensor  # ()
+    step: Tensor  # of each chain, in units of the scale (C,)
     friction: Tensor  # ()
     thin: Tensor  # steps to each draw ()
 
@@ -102,7 +102,6 @@ class Chains:
         slots: Transitions that will be asked for at once, at most.
 
     Attributes:
-        step_size: Of each chain, in units of the scale, shape (C,).
         restarted: 0: chains stay where they are.
     """
 
@@ -125,11 +124,11 @@ class Chains:
         self._stream = streams(0, ids)
         inputs = () if self._rows is None else (minibatches(self._stream, *self._rows),)
         self._density = recorded(density, positions, *inputs)
-        step, number = sampler.step(size), positions.new_tensor
-        self.step_size = positions.new_full((chains,), step)
+        self._free = sampler.step_size is None
+        number = positions.new_tensor
         self._settings = Settings(
             torch.full_like(positions, 1.0 / math.sqrt(size)),
-            number(step),
+            positions.new_full((chains,), sampler.step(size)),
             number(float(sampler.friction)),
             number(float(sampler.thin)),
         )
@@ -152,6 +151,11 @@ class Chains:
         """Which rung of the ladder steps run on and, if not the first, why."""
         return self._loop.rung
 
+    @property
+    def step_size(self) -> Tensor:
+        """Of each chain, in units of the scale, shape (C,)."""
+        return self._settings.step.clone()
+
     def compile(self, wait: Callable[[], bool]) -> None:
         """Go on in a compiled loop, where steps can be compiled."""
         self._loop.compile(wait, narrow=len(self._ids) <= NARROW)
@@ -165,31 +169,44 @@ class Chains:
         """Say how it goes, in a few words."""
         lost = int((~torch.isfinite(self._state.u).all(0)).sum())
         rung = self.rung.partition(";")[0].partition(" (")[0]
-        return f"step {float(self._settings.step):.2g}, {lost} chains lost, {rung}"
+        return f"step {self.step_size.median().item():.2g}, {lost} chains lost, {rung}"
+
+    def settle(self) -> None:
+        """Shorten a step that was not asked for, where minibatches are louder than they should be."""
+        if self._free and self._rows is not None:
+            longer = torch.sqrt(self._shares().amax(0) / NOISE).clamp(min=1.0)
+            self._settings.step.div_(longer)
+            self._state.v.div_(longer)
 
     def noise(self) -> float:
-        r"""Measure the variance that minibatches add to that of the noise injected, as a share.
+        """Return the variance that minibatches add to that of the noise injected, as a share.
 
-        The largest over coordinates, :math:`\eta \hat V / 2 \alpha`, with the variance of the
-        gradients of minibatches where the chains are, in the mean over chains.
+        In the worst coordinate, in the mean over chains.
         """
         if self._rows is None:
             return 0.0
-        stream = streams(substream(self._seed, 0, 4), self._ids)
-        with torch.no_grad():
-            gradients = torch.stack(
-                [
-                    self._density(
-                        self._state.u,
-                        minibatches(stream._replace(tick=stream.tick + probe), *self._rows),
-                    )[1]
-                    for probe in range(PROBES)
-                ]
-            )
-        spread = self._settings.step * self._settings.scale
-        share = spread.square() * gradients.var(0) / (2.0 * self._settings.friction)
+        share = self._shares()
         fine = torch.isfinite(share).all(0)
         return share[:, fine].mean(1).max().item() if bool(fine.any()) else math.inf
+
+    def _shares(self) -> Tensor:
+        r"""Measure :math:`\eta \hat V / 2 \alpha` by minibatches where the chains are, (D, C).
+
+        :math:`\hat V` is the variance of the gradient.
+        """
+        assert self._rows is not None
+        stream = streams(substream(self._seed, self._runs, 5), self._ids)
+        gradients = torch.stack(
+            [
+                self._density(
+                    self._state.u,
+                    minibatches(stream._replace(tick=stream.tick + probe), *self._rows),
+                )[1]
+                for probe in range(PROBES)
+            ]
+        )
+        spread = self._settings.step * self._settings.scale
+        return spread.square() * gradients.var(0) / (2.0 * self._settings.friction)
 
     def run(self, transitions: int, *, adapts: bool, watch: Watch) -> Draws:
         """Make draws with each chain; see `Engine.run`. There is nothing that adapts."""

@@ -180,14 +180,16 @@ def on_minibatches(model: Any, batch_size: int, size: int = 30) -> tuple[Density
 def test_with_minibatches_the_chains_have_the_exact_moments_too(size: int, batch_size: int) -> None:
     density, (x, y) = on_minibatches(regression, batch_size, size)
     mean, _ = exact(x, y)
-    chains = 10_000
+    chains, scale = 10_000, SCALE * (30 / size) ** 0.5
     u = torch.tensor(mean).unsqueeze(1).expand(-1, chains).contiguous()
     state = State(u, torch.zeros_like(u), torch.zeros(chains, dtype=torch.float64))
     stream = streams(4, torch.arange(chains))
     for _ in range(60):
-        state, stream = move(state, stream, settings(SCALE, chains), density, rows=(batch_size, size))
-    truth = stationary(x, y, SCALE, batch_size, STEP, FRICTION)
-    without = stationary(x, y, SCALE, None, STEP, FRICTION)
+        state, stream = move(
+            state, stream, settings(scale, chains), density, rows=(batch_size, size)
+        )
+    truth = stationary(x, y, scale, batch_size, STEP, FRICTION)
+    without = stationary(x, y, scale, None, STEP, FRICTION)
     assert (np.diag(truth) > 1.1 * np.diag(without)).all()  # the noise of minibatches shows
     check_covariance(torch.cat([state.u, state.v]).T, np.concatenate([mean, [0, 0]]), truth)
 
@@ -278,7 +280,7 @@ def test_the_same_seed_gives_the_same_draws_and_compiled_ones_are_right() -> Non
     def run(seed: int = 3, **options: Any) -> Posterior:
         sampler = SGHMC(batch_size=8, resample=7, thin=2)
         return sample(
-            regression, x, y, sampler=sampler, draws=12, warmup=3, seed=seed, progress=False,
+            regression, x, y, sampler=sampler, draws=12, warmup=4, seed=seed, progress=False,
             **options,
         )  # fmt: skip
 
@@ -354,6 +356,35 @@ def test_loud_minibatches_are_told() -> None:
     assert found.gradient_noise is not None
     assert found.gradient_noise > 0.5
     assert "batch_size or friction larger" in str(found)
+
+
+def test_a_default_step_is_shortened_where_minibatches_are_loud() -> None:
+    x, y = data(200)
+
+    def sharp(x: Tensor, y: Tensor | None = None) -> None:
+        w = pyro.sample("w", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal((x * w.unsqueeze(-2)).sum(-1), 0.3 * NOISE), obs=y)
+
+    def run(step_size: float | None) -> Posterior:
+        return sample(
+            sharp, x, y, sampler=SGHMC(batch_size=20, step_size=step_size), chains=8, draws=40,
+            warmup=40, seed=0, progress=False,
+        )  # fmt: skip
+
+    begins = SGHMC(batch_size=20).step(200)
+    kept, found = run(begins), run(None)
+    assert kept.gradient_noise is not None
+    assert kept.gradient_noise > 0.5
+    assert found.gradient_noise is not None
+    assert 0.02 < found.gradient_noise < 0.06
+    assert found.step_size is not None
+    torch.testing.assert_close(
+        found.step_size.mean(),
+        torch.tensor(begins * (0.05 / kept.gradient_noise) ** 0.5),
+        rtol=0.2,
+        atol=0.0,
+    )
 
 
 def test_a_default_step_keeps_minibatches_quiet() -> None:
