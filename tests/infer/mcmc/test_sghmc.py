@@ -294,6 +294,24 @@ def test_the_same_seed_gives_the_same_draws_and_compiled_ones_are_right() -> Non
     assert len(first["w"].flatten(0, 1)[:, 0].unique()) == 48
 
 
+def test_the_plate_over_rows_may_have_another_name() -> None:
+    x, y = data()
+
+    def renamed(x: Tensor, y: Tensor | None = None) -> None:
+        w = pyro.sample("w", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+        with pyro.plate("patients", len(x)):
+            pyro.sample("y", dist.Normal((x * w.unsqueeze(-2)).sum(-1), NOISE), obs=y)
+
+    one, other = (
+        sample(
+            model, x, y, sampler=SGHMC(batch_size=5), chains=2, draws=4, warmup=2, seed=0,
+            plate=plate, progress=False,
+        )
+        for model, plate in ((regression, "data"), (renamed, "patients"))
+    )  # fmt: skip
+    same(one, other)
+
+
 def test_chains_start_at_a_guide_and_keep_its_scales() -> None:
     x, y = data()
     loc, scale = torch.tensor([5.0, -7.0]), torch.tensor([2.0, 0.002])
