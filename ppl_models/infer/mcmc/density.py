@@ -543,6 +543,7 @@ def density_of(
 
     Example:
         >>> import pyro.distributions as dist
+        >>> from ppl_models.core.sites import site_table
         >>> model = lambda: pyro.sample("scale", dist.Exponential(1.0))
         >>> density = density_of(model, (), site_table(model), rows=False, plate="data")
         >>> logp, grad = density(torch.zeros(1, 2))  # -exp(u) + u, at 0
