@@ -542,6 +542,7 @@ def density_of(
             the set of latents changes with their values, or the model draws at random besides.
 
     Example:
+        >>> import pyro
         >>> import pyro.distributions as dist
         >>> from ppl_models.core.sites import site_table
         >>> model = lambda: pyro.sample("scale", dist.Exponential(1.0))
