@@ -4,7 +4,7 @@ from ppl_models.infer.em import EM, MonteCarloE, VariationalE, expectation_maxim
 from ppl_models.infer.local_reparametrization import local_reparametrization
 from ppl_models.infer.mcmc.posterior import Posterior
 from ppl_models.infer.mcmc.run import sample
-from ppl_models.infer.mcmc.samplers import NUTS, GibbsWithGradients
+from ppl_models.infer.mcmc.samplers import NUTS, SGHMC, GibbsWithGradients
 from ppl_models.infer.objectives import ELBO, IWAE, VIMCO, ReweightedWakeSleep
 from ppl_models.infer.svi import Fit, fit
 
@@ -13,6 +13,7 @@ __all__ = [
     "EM",
     "IWAE",
     "NUTS",
+    "SGHMC",
     "VIMCO",
     "Fit",
     "GibbsWithGradients",

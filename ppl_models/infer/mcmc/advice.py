@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,8 @@ FAR_OFF = 1e15  # where no proper posterior in sensible units has draws
 LOW_EBFMI = 0.3  # Betancourt's rule of thumb
 DEEP = 0.01  # share of transitions that may be cut short at the depth limit without a word
 TARGETS = (0.8, 0.9, 0.95, 0.99)  # each asks for about half the step size of the one before
-NAMED = 8  # stuck chains that are listed
+NAMED = 8  # chains that are listed
+LOUD = 0.1  # share that minibatches may add to the noise without a word
 
 
 def header(posterior: Posterior) -> list[str]:
@@ -27,6 +29,8 @@ def header(posterior: Posterior) -> list[str]:
         f"{posterior.seconds:.1f} s, {int(posterior.divergences.sum())} divergences",
     ]
     details = []
+    if posterior.gradient_noise is not None and math.isfinite(posterior.gradient_noise):
+        details.append(f"{posterior.gradient_noise:.1%} of the noise injected added by minibatches")
     share = _share_at_limit(posterior)
     if share is not None:
         details.append(f"{share:.2%} of transitions at the depth limit of {posterior.max_depth}")
@@ -44,18 +48,38 @@ def advice(posterior: Posterior, table: pd.DataFrame) -> list[str]:
         posterior: The draws.
         table: Their summary.
     """
-    runs_off = _runs_off(posterior)
+    lost = _lost(posterior)
+    runs_off = lost or _runs_off(posterior)
     findings = (
         _interrupted(posterior),
         runs_off,
         None if runs_off else _mixing(posterior, table),
         _stuck(posterior),
         _restarted(posterior),
-        _divergences(posterior),
+        None if lost else _divergences(posterior),
+        None if lost else _noise(posterior),
         None if runs_off else _depth(posterior),
         _energy(posterior),
     )
     return [finding for finding in findings if finding]
+
+
+def too_long(lost: Sequence[int], chains: int) -> str:
+    """Say that chains of stochastic gradients left the finite numbers, and what to do.
+
+    Arguments:
+        lost: Which of them, counted from 0.
+        chains: How many there are.
+    """
+    listed = ", ".join(map(str, lost[:NAMED]))
+    if len(lost) > NAMED:
+        listed += f" and {len(lost) - NAMED} more"
+    return (
+        f"Diverged: of {chains} chains of SGHMC {listed} (counted from 0) left the finite numbers, "
+        "because the steps were too long, and nothing that is said of these draws holds. Halve "
+        "step_size until no chain does; start at a fitted guide with init=; or take a larger "
+        "batch_size."
+    )
 
 
 def poorly_mixed(rhat: float, ess: float, chains: int) -> bool:
@@ -130,6 +154,24 @@ def _stuck(posterior: Posterior) -> str | None:
         f"Stuck: {listed} (of {posterior.stuck.numel()}, counted from 0) stayed where they were in "
         "half of their transitions or more. They are kept in the draws, and spoil them: warm up "
         "longer, start elsewhere, or look for a region where the density is nearly singular."
+    )
+
+
+def _lost(posterior: Posterior) -> str | None:
+    if posterior.gradient_noise is None or not bool(posterior.divergences.any()):
+        return None
+    return too_long(posterior.divergences.nonzero().flatten().tolist(), posterior.chains)
+
+
+def _noise(posterior: Posterior) -> str | None:
+    share = posterior.gradient_noise
+    if share is None or share <= LOUD:
+        return None
+    return (
+        f"Noise of minibatches: it adds {share:.0%} to the variance of the noise injected, in the "
+        "worst coordinate, so that variances of latents are too large by up to about as much. Make "
+        f"step_size shorter by a factor of {(share / LOUD) ** 0.5:.2g}, or batch_size or friction "
+        "larger by its square."
     )
 
 

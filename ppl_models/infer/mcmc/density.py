@@ -10,7 +10,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from pyro import poutine
 from pyro.infer.mcmc.util import TraceEinsumEvaluator
 from pyro.ops.special import _SafeLog
@@ -19,6 +19,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from ppl_models.core.batch import first_table
+from ppl_models.core.minibatch import minibatch
 from ppl_models.core.random import seeded
 from ppl_models.core.sites import (
     SiteTable,
@@ -49,6 +50,9 @@ class Density:
     sites are summed out. A target is what has chains: the joint posterior, or, with `rows`, the
     latents of one row. Made by `density_of`.
 
+    Where the batch is a part of a data set, rows count for more, as in `minibatch`, and each chain
+    may be given rows of its own.
+
     Attributes:
         dim: Unconstrained numbers :math:`D` of one target.
         targets: How many targets there are.
@@ -61,7 +65,14 @@ class Density:
     """
 
     def __init__(
-        self, model: Callable[..., Any], batch: Batch, table: SiteTable, *, rows: bool, double: bool
+        self,
+        model: Callable[..., Any],
+        batch: Batch,
+        table: SiteTable,
+        *,
+        rows: bool,
+        double: bool,
+        whole: Batch | None = None,
     ) -> None:
         self.targets = len(batch[0]) if rows else 1
         self.double = double
@@ -81,12 +92,21 @@ class Density:
         self._summed = any(site.enumerated for site in table)
         self._evaluator: TraceEinsumEvaluator | None = None
         self._given = self._batch = batch
+        self._whole = whole
+        self._scaled = None
+        if whole is not None:
+            first = torch.arange(len(batch[0]), device=self.device)
+            self._scaled = minibatch(first, len(whole[0]), plate=table.plate)
 
-    def __call__(self, u: Float[Tensor, "D T"]) -> tuple[Float[Tensor, " T"], Float[Tensor, "D T"]]:
+    def __call__(
+        self, u: Float[Tensor, "D T"], index: Int[Tensor, "B T"] | None = None
+    ) -> tuple[Float[Tensor, " T"], Float[Tensor, "D T"]]:
         """Evaluate all chains at once.
 
         Arguments:
             u: Column `c * targets + n` is chain `c` of target `n`.
+            index: Rows of the whole data set for each chain, as many as the batch has; None for
+                those of the batch.
 
         Returns:
             The log density in nats, up to the evidence's constant, and its gradient.
@@ -100,21 +120,21 @@ class Density:
                 f"targets {self.targets}, got {tuple(u.shape)}."
             )
         with self._conditions(), torch.no_grad():
-            logp, grad = self._evaluate(u)
+            logp, grad = self._evaluate(u, index)
             if self._idles:
                 still = self._idle.unsqueeze(1) * u
                 return logp - 0.5 * (still * u).sum(0), grad - still
             return logp, grad
 
-    def _evaluate(self, u: Tensor) -> tuple[Tensor, Tensor]:
+    def _evaluate(self, u: Tensor, index: Tensor | None) -> tuple[Tensor, Tensor]:
         if self.reason is not None:
-            return self._one_by_one(u)
+            return self._one_by_one(u, index)
         try:
-            return self._at_once(u)
+            return self._at_once(u, index)
         except backend.LinAlgError:
             if backend.recording():
                 raise  # a graph must not be made of what happened at one point
-            return self._one_by_one(u)
+            return self._one_by_one(u, index)
 
     def constrain(self, u: Float[Tensor, "*lead D"]) -> dict[str, Tensor]:
         """Return the value of each latent, without gradient.
@@ -190,9 +210,14 @@ class Density:
         how = "at once" if self.reason is None else "one by one"
         return f"Density(dim={self.dim}, targets={self.targets}, chains {how})"
 
-    def _at_once(self, u: Tensor) -> tuple[Tensor, Tensor]:
+    def _at_once(self, u: Tensor, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
         one = torch.func.grad_and_value(self._log_density)
-        if not self._rows and self._wide and (u.shape[1] < FEW or self.dim >= LARGE):
+        if index is not None:
+            batch = self._rows_of(index.T)
+            chains = torch.func.vmap(one, in_dims=(0, *_firsts(batch)), randomness="different")
+            grad, logp = chains(u.T.contiguous(), *batch)
+            grad = grad.T
+        elif not self._rows and self._wide and (u.shape[1] < FEW or self.dim >= LARGE):
             chains = torch.func.vmap(lambda u: one(u, *self._batch), randomness="different")
             grad, logp = chains(u.T.contiguous())
             grad = grad.T
@@ -210,18 +235,29 @@ class Density:
             grad = grad.permute(2, 0, 1)
         return logp.reshape(-1), grad.reshape(u.shape).contiguous()
 
-    def _one_by_one(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        columns = [self._alone(u[:, t], t % self.targets) for t in range(u.shape[1])]
+    def _rows_of(self, index: Tensor) -> Batch:
+        """Return rows (*index, ...) of the whole data set."""
+        whole = self._batch if self._whole is None else self._whole
+        return tuple(v[index].to(b.dtype) for v, b in zip(whole, self._batch, strict=True))
+
+    def _one_by_one(self, u: Tensor, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        columns = [
+            self._alone(
+                u[:, t],
+                self._row(t % self.targets) if index is None else self._rows_of(index[:, t]),
+            )
+            for t in range(u.shape[1])
+        ]
         return (
             torch.stack([logp for logp, _ in columns]),
             torch.stack([grad for _, grad in columns], -1),
         )
 
-    def _alone(self, u: Tensor, target: int) -> tuple[Tensor, Tensor]:
+    def _alone(self, u: Tensor, row: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
             u = u.detach().requires_grad_()
             try:
-                logp = self._log_density(u, *self._row(target))
+                logp = self._log_density(u, *row)
             except backend.LinAlgError:
                 if backend.recording():
                     raise
@@ -258,6 +294,8 @@ class Density:
             stack.enter_context(bijection)
             if self._summed:
                 stack.enter_context(Summed(first_available_dim=-1 - self._table.plate_dims))
+            if self._scaled is not None:
+                stack.enter_context(self._scaled)
             self._model(*batch)
         missing = [name for name in self._parts if name not in bijection.values]
         if missing:
@@ -340,6 +378,12 @@ class Density:
         try:
             with self._conditions(), torch.no_grad():
                 together = self._at_once(u.repeat_interleave(self.targets, 1))
+                if self._whole is not None:
+                    size, count = len(self._batch[0]), u.shape[1]  # and on rows of their own
+                    index = torch.arange(count * size, device=u.device) % len(self._whole[0])
+                    index = index.reshape(count, size).T
+                    together = (*together, *self._at_once(u, index))
+                    alone = (*alone, *self._one_by_one(u, index))
             gap = max(_gap(a, b) for a, b in zip(together, alone, strict=True))
             if gap > (1e-6 if self.double else 1e-3):
                 self.reason = f"chains at once differ from one chain alone by {gap:.1g}"
@@ -380,7 +424,9 @@ class Density:
     def _trial(self, u: Tensor, rows: int, batch: Batch) -> tuple[Tensor, Tensor]:
         self._batch, self._evaluator = batch, None
         with self._conditions(), torch.no_grad():
-            pairs = [self._alone(u[:, c], n) for c in range(u.shape[1]) for n in range(rows)]
+            pairs = [
+                self._alone(u[:, c], self._row(n)) for c in range(u.shape[1]) for n in range(rows)
+            ]
         return torch.stack([logp for logp, _ in pairs]), torch.stack([g for _, g in pairs], -1)
 
     def _refuse_flat(self, u: Tensor, logp: Tensor, grad: Tensor) -> None:
@@ -477,6 +523,7 @@ def density_of(
     rows: bool,
     plate: str,
     double: bool = True,
+    whole: Batch | None = None,
 ) -> Density:
     """Build the log density of a model's latents, given a batch.
 
@@ -487,13 +534,17 @@ def density_of(
         rows: Whether each row's latents are a target of their own.
         plate: Name of the plate over rows.
         double: Evaluate in double precision, if the model takes it.
+        whole: The data set of which the batch is a part, if it is one: its rows then count for as
+            many as the data set has.
 
     Raises:
         ValueError: If a latent's support has no bijection to unconstrained numbers, its shape or
             the set of latents changes with their values, or the model draws at random besides.
 
     Example:
+        >>> import pyro
         >>> import pyro.distributions as dist
+        >>> from ppl_models.core.sites import site_table
         >>> model = lambda: pyro.sample("scale", dist.Exponential(1.0))
         >>> density = density_of(model, (), site_table(model), rows=False, plate="data")
         >>> logp, grad = density(torch.zeros(1, 2))  # -exp(u) + u, at 0
@@ -508,7 +559,7 @@ def density_of(
                     f"sample: rows=True needs plate '{plate}' as a context, `with pyro.plate(...):`"
                     f", but site '{site.name}' is outside it or in a loop over it. Use rows=False."
                 )
-    density = Density(model, batch, table, rows=rows, double=double)
+    density = Density(model, batch, table, rows=rows, double=double, whole=whole)
     density._settle()
     if rows:
         density._refuse_rows_that_depend()

@@ -266,20 +266,22 @@ class Engine:
         return torch.linalg.solve_triangular(lower, u.T.unsqueeze(2), upper=False).squeeze(2).T
 
 
-def recorded(log_density: LogDensity, positions: Tensor) -> LogDensity:
-    """Return a density that needs no handlers, if it can be recorded."""
+def recorded(
+    log_density: Callable[..., tuple[Tensor, Tensor]], *inputs: Tensor
+) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Return a density that needs no handlers, if it can be recorded on some inputs."""
     try:
-        graph = record(log_density, positions)
+        graph = record(log_density, *inputs)
     except Untraceable:
 
-        def evaluate(u: Tensor) -> tuple[Tensor, Tensor]:
+        def evaluate(*inputs: Tensor) -> tuple[Tensor, Tensor]:
             with recordable():
-                return log_density(u)
+                return log_density(*inputs)
 
         return evaluate
 
-    def run(u: Tensor) -> tuple[Tensor, Tensor]:
-        value, gradient = graph.module(*graph.tensors, u)
+    def run(*inputs: Tensor) -> tuple[Tensor, Tensor]:
+        value, gradient = graph.module(*graph.tensors, *inputs)
         return value, gradient
 
     return run

@@ -43,6 +43,8 @@ class Posterior(Mapping[str, Tensor]):
         step_size: Of each chain, shape (chains,) or (chains, N).
         max_depth: Doublings at which a trajectory was cut short.
         target_accept: Acceptance probability that the step size was adapted to.
+        gradient_noise: Of stochastic gradients alone: the variance that minibatches added to the
+            injected noise, as a share of it, in the worst coordinate.
         restarted: How often, in warm-up, a chain went on from the place of another one, having come
             to where next to none of the mass is.
         interrupted: Whether these are the draws that were there when sampling was stopped.
@@ -76,6 +78,7 @@ class Posterior(Mapping[str, Tensor]):
         step_size: Tensor | None = None,
         max_depth: int | None = None,
         target_accept: float | None = None,
+        gradient_noise: float | None = None,
         interrupted: bool = False,
         restarted: int = 0,
         compiled: str = "",
@@ -105,6 +108,7 @@ class Posterior(Mapping[str, Tensor]):
         self.step_size = step_size
         self.max_depth = max_depth
         self.target_accept = target_accept
+        self.gradient_noise = gradient_noise
         self.interrupted = interrupted
         self.restarted = restarted
         self.compiled = compiled

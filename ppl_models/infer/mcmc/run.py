@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -29,17 +30,19 @@ from ppl_models.core.sites import Site, SiteTable, base_distribution, describe, 
 from ppl_models.core.store import own_parameters
 from ppl_models.core.types import Batch
 from ppl_models.infer.mcmc.adaptation import groups_of, warm_up, windows
+from ppl_models.infer.mcmc.advice import too_long
 from ppl_models.infer.mcmc.density import STARTS, Density, density_of
 from ppl_models.infer.mcmc.engine import PART, Draws, Engine
 from ppl_models.infer.mcmc.gibbs import Gibbs
 from ppl_models.infer.mcmc.posterior import Posterior
-from ppl_models.infer.mcmc.samplers import NUTS, GibbsWithGradients
+from ppl_models.infer.mcmc.samplers import NUTS, SGHMC, GibbsWithGradients
+from ppl_models.infer.mcmc.sghmc import Chains
 from ppl_models.infer.mcmc.start import anywhere, at_guide
 from ppl_models.infer.mcmc.transform import is_binary
 from ppl_models.infer.progress import progress_bar
 
 Compile = bool | Literal["now"]
-Sampler = NUTS | GibbsWithGradients
+Sampler = NUTS | GibbsWithGradients | SGHMC
 
 NUMBERS = 2**27  # that the chains of rows that are sampled together may hold
 TREE = 8  # leapfrog steps of a transition, as expected
@@ -69,15 +72,16 @@ def sample(
     Arguments:
         model: Any Pyro model with continuous latents. Discrete ones must be marked for enumeration.
         batch: The data that it is conditioned on; nothing for a model without arguments.
-        sampler: By default `NUTS()`; for binary latents `GibbsWithGradients()`.
+        sampler: By default `NUTS()`; for binary latents `GibbsWithGradients()`; for data too many
+            to look at in each step `SGHMC(batch_size)`, which is biased.
         chains: Independent chains. From 16 on they learn step size and metric together.
         draws: Draws kept from each chain.
         warmup: Transitions before that, for adaptation.
         rows: False samples the joint posterior of all latents. True says that each row's local
             latents are a target of their own, given the parameters; a model with global latents
             is refused.
-        init: A fitted guide, whose draws are where chains start and give the first metric; by
-            default chains start uniformly in (-2, 2) on the unconstrained space.
+        init: A fitted guide, whose draws are where chains start and give the first metric, which
+            `SGHMC` keeps; by default chains start uniformly in (-2, 2) on the unconstrained space.
         compile: Whether long sampling is compiled, which takes seconds for a model that is new;
             "now" compiles any, False none.
         seed: An integer isolates and reproduces; None draws from the global random stream. The
@@ -93,7 +97,10 @@ def sample(
     Raises:
         ValueError: If an argument is out of range, the data are not what the model describes, a
             latent is discrete, there is none, no start with a finite density is found, the draws
-            do not fit into memory, or `rows` does not apply.
+            do not fit into memory, or `rows` or the sampler does not apply.
+
+    Warns:
+        RuntimeWarning: If chains of `SGHMC` left the finite numbers.
 
     Source:
         Hoffman & Gelman (2014). https://jmlr.org/papers/v15/hoffman14a.html
@@ -126,10 +133,14 @@ def sample(
         seeded(seed),
     ):
         size = len(arguments[0]) if arguments else 1
-        table = check_model(model, arguments, plate=plate, rows=size, tries=STARTS)
+        if isinstance(sampler, SGHMC):
+            _check_rows(model, sampler, arguments, rows=rows)
+        seen = sampler.batch_size if isinstance(sampler, SGHMC) else size
+        table = check_model(model, arguments, plate=plate, rows=seen, tries=STARTS)
         check_data(model, arguments)
         with suppress(Exception), seeded(0), torch.no_grad(), poutine.block():
-            model(*arguments)  # what it makes by pyro.param is made in its own precision
+            # What it makes by pyro.param is made in its own precision.
+            model(*(value[:seen] for value in arguments))
         _check_latents(model, table, sampler, rows=rows)
         task = _Task(
             sampler=NUTS() if sampler is None else sampler,
@@ -155,7 +166,13 @@ def sample(
             for number, first in enumerate(firsts):
                 part = tuple(value[first : first + at_once] for value in arguments)
                 density = density_of(
-                    model, part, table, rows=rows, plate=plate, double=not task.nuts.float32
+                    model,
+                    tuple(value[:seen] for value in part),
+                    table,
+                    rows=rows,
+                    plate=plate,
+                    double=not (task.nuts and task.nuts.float32),
+                    whole=part if seen < size else None,
                 )
                 before = number * (warmup + draws)
                 outcome = task.run(
@@ -169,6 +186,9 @@ def sample(
                 if outcome.interrupted and number < len(firsts) - 1:
                     raise KeyboardInterrupt  # the other rows have no draws yet
     discrete = [site.name for site in table.latents if site.discrete]
+    lost = [chain for part in outcomes for chain in part.lost]
+    if lost:
+        warnings.warn(f"sample: {too_long(lost, chains)}", RuntimeWarning, stacklevel=2)
     return _posterior(outcomes, axes, discrete, task, seconds=time.perf_counter() - start)
 
 
@@ -182,11 +202,19 @@ class _Outcome:
     values: dict[str, Tensor]
     statistics: dict[str, Tensor]
     step_size: Tensor | None  # (chains,) or (chains, rows)
+    noise: float | None  # of gradients
     rung: str
     interrupted: bool
     restarted: int
     warmup_seconds: float
     sampling_seconds: float
+
+    @property
+    def lost(self) -> list[int]:
+        """Chains of stochastic gradients that are at no finite place any more."""
+        if self.noise is None:
+            return []
+        return self.statistics["divergent"].any(1).nonzero().flatten().tolist()
 
     def without(self, rows: int, axes: dict[str, int]) -> _Outcome:
         """Return it without the first rows."""
@@ -214,9 +242,11 @@ class _Task:
     init: Callable[..., Any] | None
 
     @property
-    def nuts(self) -> NUTS:
-        """What moves continuous latents."""
-        return self.sampler if isinstance(self.sampler, NUTS) else self.sampler.nuts
+    def nuts(self) -> NUTS | None:
+        """What moves continuous latents by trajectories."""
+        if isinstance(self.sampler, GibbsWithGradients):
+            return self.sampler.nuts
+        return self.sampler if isinstance(self.sampler, NUTS) else None
 
     def run(
         self,
@@ -238,7 +268,9 @@ class _Task:
         else:
             positions, first_metric = at_guide(density, self.init, batch, self.chains, self.seed)
         slots = max(self.draws, *(window.transitions for window in windows(self.warmup)), 1)
-        engine, expected = self._engine(density, positions, ids, slots)
+        engine, expected = self._engine(
+            density, positions, ids, slots, len(batch[0]) if batch else 1
+        )
         if self._compiles(expected, 0, len(ids)):
             engine.compile(lambda: _waited(report, 0))
         groups = groups_of(self.chains, targets, device)
@@ -255,11 +287,24 @@ class _Task:
                 engine.compile(lambda: _waited(report, made))
 
         ready = time.perf_counter()
-        if bool(density.binary.all()):  # nothing to adapt
+        if isinstance(engine, Chains):
+            half = self.warmup // 2
+            made = len(engine.run(half, adapts=False, watch=watch))
+            if made == half:
+                engine.settle()
+                made += len(
+                    engine.run(
+                        self.warmup - half, adapts=False, watch=lambda now: watch(half + now)
+                    )
+                )
+            if made < self.warmup:
+                raise KeyboardInterrupt
+        elif bool(density.binary.all()):  # nothing to adapt
             if len(engine.run(self.warmup, adapts=False, watch=watch)) < self.warmup:
                 raise KeyboardInterrupt
         elif not warm_up(engine, groups, windows(self.warmup), watch, look_again):
             raise KeyboardInterrupt
+        noise = engine.noise() if isinstance(engine, Chains) else None
         warm = time.perf_counter()
         draws = engine.run(self.draws, adapts=False, watch=lambda made: watch(self.warmup + made))
         end = time.perf_counter()
@@ -272,7 +317,9 @@ class _Task:
 
         statistics = {"accept": draws.accept, "divergent": draws.divergent}
         step = None
-        if not bool(density.binary.all()):
+        if isinstance(engine, Chains):
+            step = engine.step_size
+        elif not bool(density.binary.all()):
             step = engine.tuning.step.clone().unflatten(0, (self.chains, targets))
             step = step.squeeze(1) if first_row is None else step
             statistics["depth"] = draws.depth
@@ -282,6 +329,7 @@ class _Task:
             density.constrain(shaped(draws.u)),
             {name: shaped(value) for name, value in statistics.items()},
             step,
+            noise,
             engine.rung
             if density.reason is None
             else f"{engine.rung}; one by one: {density.reason}",
@@ -292,9 +340,20 @@ class _Task:
         )
 
     def _engine(
-        self, density: Density, positions: Tensor, ids: Tensor, slots: int
-    ) -> tuple[Engine | Gibbs, float]:
+        self, density: Density, positions: Tensor, ids: Tensor, slots: int, size: int
+    ) -> tuple[Engine | Gibbs | Chains, float]:
         """Return the chains, and how many ticks a transition is expected to take."""
+        if isinstance(self.sampler, SGHMC):
+            chains = Chains(
+                density,
+                positions,
+                sampler=self.sampler,
+                size=size,
+                seed=self.seed,
+                ids=ids,
+                slots=slots,
+            )
+            return chains, self.sampler.thin
         if isinstance(self.sampler, GibbsWithGradients):
             chains = Gibbs(
                 density, positions, sampler=self.sampler, seed=self.seed, ids=ids, slots=slots
@@ -352,8 +411,9 @@ def _posterior(
         **{name: value for name, value in statistics.items() if name != "accept"},
         accept=accept,
         step_size=step_size,
-        max_depth=task.nuts.max_depth,
-        target_accept=task.nuts.target_accept,
+        max_depth=task.nuts and task.nuts.max_depth,
+        target_accept=task.nuts and task.nuts.target_accept,
+        gradient_noise=first.noise,
         interrupted=first.interrupted,
         restarted=sum(part.restarted for part in outcomes),
         compiled=first.rung,
@@ -370,7 +430,8 @@ def _rows_at_once(table: SiteTable, size: int, task: _Task) -> int:
     """How many rows can be sampled together: as many in each part, but for a few in the last."""
     numbers = sum(site.value.numel() for site in table) / size
     latents = sum(site.value.numel() for site in table.latents) / size
-    column = 8 * numbers + (20 + 4 * task.nuts.max_depth + PART) * latents
+    depth = task.nuts.max_depth if task.nuts else 0
+    column = 8 * numbers + (20 + 4 * depth + PART) * latents
     most = max(1, int(NUMBERS / (column * task.chains)))
     return -(-size // -(-size // most))
 
@@ -427,7 +488,7 @@ def _check_latents(
             what = (
                 "GibbsWithGradients needs binary or continuous"
                 if flips
-                else "NUTS needs continuous"
+                else f"{'SGHMC' if isinstance(sampler, SGHMC) else 'NUTS'} needs continuous"
             )
             raise ValueError(
                 f"sample: {what} latents, but site '{site.name}' is discrete "
@@ -438,6 +499,8 @@ def _check_latents(
             f"sample: GibbsWithGradients flips binary latents, and {name} has none: its latents are "
             f"{[site.name for site in table.latents]}. Use sampler=NUTS()."
         )
+    if isinstance(sampler, SGHMC):
+        _check_shared(model, table)
     if rows and not table.row_wise:
         raise ValueError(
             f"sample: rows=True needs a model with a plate over rows, but no site of {name} is "
@@ -448,6 +511,49 @@ def _check_latents(
             "sample: rows=True takes each row's latents by themselves, but "
             f"{[site.name for site in table.globals]} are shared by all rows of {name}. "
             "Use rows=False for the joint posterior."
+        )
+
+
+def _check_rows(model: Callable[..., Any], sampler: SGHMC, batch: Batch, *, rows: bool) -> None:
+    """Refuse data of which there are no minibatches."""
+    if rows:
+        raise ValueError(
+            "sample: SGHMC takes minibatches of rows for latents that all rows share, so that "
+            "rows=True, which makes each row a target of its own, does not apply. Use NUTS()."
+        )
+    if not batch:
+        raise ValueError(
+            f"sample: SGHMC takes minibatches of rows, but {describe_program(model)} was given no "
+            "data. Use NUTS()."
+        )
+    if sampler.batch_size > len(batch[0]):
+        raise ValueError(
+            f"sample: SGHMC needs batch_size to be at most the number of rows, {len(batch[0])}, got "
+            f"{sampler.batch_size}."
+        )
+
+
+def _check_shared(model: Callable[..., Any], table: SiteTable) -> None:
+    """Refuse latents that SGHMC cannot sample from minibatches."""
+    name = describe_program(model)
+    marked = [site.name for site in table if site.enumerated]
+    local = [site.name for site in table.latents if site.local]
+    if marked:
+        raise ValueError(
+            f"sample: SGHMC cannot sum out discrete latents on minibatches, but {name} marks "
+            f"{marked} for enumeration. Sum them in the model's densities (pyro.distributions."
+            "MixtureSameFamily), or use NUTS()."
+        )
+    if local:
+        raise ValueError(
+            f"sample: SGHMC samples latents that all rows share, but {local} of {name} are inside "
+            f"plate '{table.plate}', one for each row. Use NUTS(), or fit a guide."
+        )
+    if not table.row_wise:
+        raise ValueError(
+            f"sample: SGHMC scales the rows of a minibatch up to all rows, but no site of {name} is "
+            f"inside plate '{table.plate}'. Write `with pyro.plate(\"{table.plate}\", len(x)):` "
+            "around the rows, name the plate with plate=, or use NUTS()."
         )
 
 
