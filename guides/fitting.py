@@ -65,15 +65,19 @@ class Choices:
                 [(c.name, "yes" if c.fits else "no", c.why) for c in self.choices if not c.site],
             )
         ]
+        alike: dict[str, list[str]] = {}  # what is said of families, and the sites it is said of
         for site in dict.fromkeys(c.site for c in self.choices if c.site):
             rows = [choice for choice in self.choices if choice.site == site]
-            fit = [c.name for c in rows if c.fits]
-            lines = [f"families for '{site}', {rows[0].support}"]
-            lines += _wrapped("these fit, the first is the default:", fit)
+            lines = _wrapped(
+                "these fit, the first is the default:", [c.name for c in rows if c.fits]
+            )
             lines += _wrapped(
                 "the others need other values:", [f"{c.name} ({c.why})" for c in rows if not c.fits]
             )
-            blocks.append("\n".join(lines))
+            alike.setdefault("\n".join(lines), []).append(f"'{site}', {rows[0].support}")
+        for said, sites in alike.items():
+            title = textwrap.wrap(f"families for {'; '.join(sites)}", 98, subsequent_indent="  ")
+            blocks.append("\n".join([*title, said]))
         return "\n\n".join(blocks)
 
 
