@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from guides import Amortized, Exact, Local, families, for_model
-from ppl_models import PPCA, VAE, minibatch
+from ppl_models import PPCA, VAE, SigmoidBeliefNetwork, minibatch
 from ppl_models.core.sites import site_table
 from ppl_models.core.traces import vectorizes
 from ppl_models.evaluate import elbo, log_evidence
@@ -408,6 +408,13 @@ def test_for_model_lists_guides_and_their_reasons() -> None:
     lines = text.splitlines()
     assert lines[0].split() == ["guide", "fits", "why"]
     assert for_model(PPCA(4, 2)).fitting[-1] == "Exact(model)"
+
+
+def test_for_model_says_once_what_holds_for_several_sites() -> None:
+    model = SigmoidBeliefNetwork(4, (3, 2))
+    text = str(for_model(model))
+    assert text.count("these fit") == 1
+    assert "families for 'h2', boolean vector; 'h1', boolean vector\n" in text
 
 
 def test_row_wise_evidence_works_for_every_family_on_every_local_layout() -> None:
