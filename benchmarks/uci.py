@@ -12,9 +12,9 @@ The scale of the noise is a latent as well, log-normal(-1, 1) in units of the ta
 log-normal guide. Means start at torch's weights for linear layers, scales at 0.01: after 500 epochs
 most scales are still on their way up, and a start at 0.05 ends with better bounds and worse
 predictions, of test rows (`results/uci_scale_05.md`) as of a tenth of the training rows that was held
-out (NLL on four splits of boston and yacht, two of energy: 2.58, 1.42, .85 from 0.01, and 2.71, 1.99,
-1.05 from 0.05). Published figures are of mean-field networks in the same
-splits; "s.e." is the distance to them in joint standard errors, negative where ours is better.
+out (NLL on four splits of boston and yacht, two of energy, by 30 draws a step: 2.58, 1.42, .85 from
+0.01, and 2.71, 1.99, 1.05 from 0.05). Published figures are of mean-field networks in the same splits;
+"s.e." is the distance to them in joint standard errors, negative where ours is better.
 
     python benchmarks/uci.py
     python benchmarks/uci.py --data yacht boston --splits 5
@@ -23,9 +23,9 @@ splits; "s.e." is the distance to them in joint standard errors, negative where 
     python benchmarks/uci.py --quick                           # a look, in a minute
     python benchmarks/uci.py --nuts --data boston energy yacht # NUTS beside it, on the first split
 
-With --nuts the chains start at draws of the mean-field guide. R-hat is of the network's output, a function of
-the weights that does not change when units are renamed: the largest over test rows, the median, and the share of
-rows below 1.05.
+With --nuts the chains start at draws of the mean-field guide. R-hat is of the network's output, a
+function of the weights that does not change when units are renamed: the largest over test rows, the
+median, and the share of rows below 1.05.
 """
 
 from __future__ import annotations
