@@ -200,6 +200,8 @@ def _misfit(net: Bayesian, guide: Any, name: str, outputs: list[torch.Size]) -> 
     values = dict(net.inner.named_buffers())
     for leaf, _ in layer.named_buffers(recurse=False):
         site = _join(name, leaf)
+        if len(net._aliases.get(site, ())) != 1:
+            return f"its {leaf} is shared with another layer"
         for whose, fn in (
             ("prior", net._prior(site, values[net._names[site]])),
             ("guide", guide.q(site)),
@@ -301,7 +303,7 @@ class _Rows(NamedModule):
         for site, value in drawn.items():
             layer = self.sites.get(site)
             if layer is None:
-                values[self.net._names[site]] = value
+                values |= dict.fromkeys(self.net._aliases[site], value)
                 continue
             q, p = value
             divergences[layer] = divergences.get(layer, 0.0) + kl_divergence(q, p)

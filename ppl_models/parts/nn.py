@@ -61,7 +61,10 @@ class Network(nn.Module):
         super().__init__()
         self.net = net
         self.event_dim = event_dim
-        named = [*net.named_parameters(), *net.named_buffers()]
+        named = [
+            *net.named_parameters(remove_duplicate=False),
+            *net.named_buffers(remove_duplicate=False),
+        ]
         self._ndims = {name: tensor.ndim for name, tensor in named}
 
     def forward(self, z: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
@@ -84,7 +87,11 @@ class Network(nn.Module):
         z = z.reshape((1,) * (inner + events - z.ndim) + z.shape)  # an input may lack the plates
         z = z.expand(*outer, *z.shape[-inner - events :])
         rows = z.reshape(math.prod(outer), -1, *z.shape[z.ndim - events :])
-        out = torch.vmap(lambda own, x: functional_call(self.net, own, (x,)))(flat, rows)
+        once = torch.vmap(
+            lambda own, x: functional_call(self.net, own, (x,)),
+            randomness="different",  # of layers such as dropout
+        )
+        out = once(flat, rows)
         return out.reshape(*z.shape[: z.ndim - events], *out.shape[2:])
 
 

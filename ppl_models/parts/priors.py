@@ -192,12 +192,21 @@ class Bayesian(NamedModule):
                 f"bayesian: no parameter of {type(module).__name__} got a prior; it has "
                 f"{[name for name, _ in module.named_parameters()]}."
             )
-        for name in self._names:
-            path, _, leaf = name.rpartition(".")
-            owner = copied.get_submodule(path)
-            value = getattr(owner, leaf).detach().clone()
-            delattr(owner, leaf)
-            owner.register_buffer(leaf, value)
+        #: Of each latent, the parameters that it stands for: several where layers share one.
+        self._aliases: dict[str, list[str]] = {name: [] for name in self._names}
+        known = {id(value): name for name, value in copied.named_parameters()}
+        values = dict(copied.named_parameters(remove_duplicate=False))
+        for other, parameter in values.items():
+            name = known[id(parameter)]
+            if name in self._names:
+                self._aliases[name].append(prefix + other)
+        for name, others in self._aliases.items():
+            value = values[name].detach().clone()
+            for other in others:
+                path, _, leaf = other.removeprefix(prefix).rpartition(".")
+                owner = copied.get_submodule(path)
+                delattr(owner, leaf)
+                owner.register_buffer(leaf, value)
         self.inner = inner
         self.explicit = getattr(copied, "explicit", True)
         object.__setattr__(self, "__signature__", inspect.signature(copied.forward))
@@ -227,7 +236,7 @@ class Bayesian(NamedModule):
 
     def run(self, drawn: Mapping[str, Tensor], *batch: Any, **options: Any) -> Any:
         """Run the module with these values for its parameters, by site."""
-        latent = {self._names[name]: value for name, value in drawn.items()}
+        latent = {full: value for name, value in drawn.items() for full in self._aliases[name]}
         return functional_call(self.inner, latent, batch, options)
 
     def starts(self) -> dict[str, Tensor]:

@@ -375,3 +375,26 @@ def test_what_does_not_fit_is_refused() -> None:
     for none in (PPCA(3, 1), bayesian(PPCA(3, 1), dist.Normal(0.0, 1.0))):
         with pytest.raises(ValueError, match="must have one network of bayesian"):
             local_reparametrization(none, Local(model, example=(x, y)))
+
+
+def test_layers_that_share_weights_draw_them_and_the_others_their_outputs() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.last = nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 1)
+            self.second.weight = self.first.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(torch.tanh(self.second(torch.tanh(self.first(x)))))
+
+    torch.manual_seed(0)
+    x, y = torch.randn(20, 3), torch.randn(20)
+    model = BayesianNeuralNetwork(3, net=Tied(), likelihood=Homoscedastic(0.5))
+    guide = Local(model, example=(x, y))
+    guide.start_around(model.net.starts(), scale=0.3)
+    pair = local_reparametrization(model, guide)
+    trace = poutine.trace(pair[0]).get_trace(x, y)
+    assert {"first.weight", "last.noise"} <= set(trace.nodes)
+    assert not {"last.weight", "first.noise", "second.noise"} & set(trace.nodes)
+    plain, found = (elbo(*two, (x, y), particles=4000, seed=0) for two in ((model, guide), pair))
+    assert abs(plain.mean - found.mean) < 4 * (plain.se**2 + found.se**2) ** 0.5

@@ -89,6 +89,43 @@ def test_particles_of_a_network_are_a_loop(kind: str) -> None:
         assert_close(out[particle], functional_call(net, values, (x,)))
 
 
+class Tied(nn.Module):
+    """Two layers with one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 1)
+        self.second.weight = self.first.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.tanh(self.second(torch.tanh(self.first(x)))))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_layers_that_share_a_parameter_share_its_latent(dtype: torch.dtype) -> None:
+    net, x = Tied(), torch.randn(5, 3, dtype=dtype)
+    model = bayesian(net, normal()).to(dtype)
+    names = ["first.weight", "first.bias", "second.bias", "last.weight", "last.bias"]
+    assert list(model.starts()) == names
+    draws = {name: torch.randn(2, 1, *v.shape, dtype=dtype) for name, v in model.starts().items()}
+    with poutine.condition(data=draws), pyro.plate("particles", 2, dim=-2):
+        found = model(x)
+    for number in range(2):
+        values = {name: value[number, 0] for name, value in draws.items()}
+        alone = functional_call(net.to(dtype), values, (x,))
+        torch.testing.assert_close(found[number], alone)
+
+
+def test_layers_that_draw_draw_for_each_particle() -> None:
+    model = bayesian(nn.Sequential(nn.Linear(3, 50), nn.Dropout(0.5)), normal())
+    draws = {name: value.expand(2, 1, *value.shape) for name, value in model.starts().items()}
+    with poutine.condition(data=draws):
+        found = model(torch.randn(4, 3))
+    zeros = found == 0
+    assert 0.3 < zeros.double().mean() < 0.7
+    assert not torch.equal(zeros[0], zeros[1])
+
+
 def test_what_gets_no_prior_stays_a_parameter_with_its_value() -> None:
     ppca = PPCA(data_dim=3, latent_dim=1)
     ppca.loc.requires_grad_(False)
