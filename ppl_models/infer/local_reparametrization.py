@@ -303,7 +303,7 @@ class _Rows(NamedModule):
         for site, value in drawn.items():
             layer = self.sites.get(site)
             if layer is None:
-                values |= dict.fromkeys(self.net._aliases[site], value)
+                values.update((full, value) for full in self.net._aliases[site])
                 continue
             q, p = value
             divergences[layer] = divergences.get(layer, 0.0) + kl_divergence(q, p)
