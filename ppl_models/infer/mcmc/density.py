@@ -341,7 +341,11 @@ class Density:
                 in_dims=(0, *(_firsts(batch) if self._rows else [None] * len(batch))),
                 randomness="different",
             )
-            return torch.func.vmap(lambda one: inner(one, *batch), randomness="different")(given)
+            # Some layers, such as a GRU, have a batching rule with a gradient and none without.
+            with suppress(RuntimeError):
+                return torch.func.vmap(lambda one: inner(one, *batch), randomness="different")(
+                    given
+                )
         grid = [
             function({name: v[i, n] for name, v in given.items()}, *self._row(start + n))
             for i in range(leads)

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 from torch.testing import assert_close
 
-from ppl_models import PPCA, VAE
+from ppl_models import PPCA, VAE, BayesianNeuralNetwork
 from ppl_models.core.sites import site_table
 from ppl_models.infer import backend, capture
 from ppl_models.infer.mcmc import density as module
 from ppl_models.infer.mcmc.density import Density, density_of
+from ppl_models.parts.likelihoods import Homoscedastic
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 
@@ -599,3 +600,26 @@ def test_what_it_is_called_with_is_checked() -> None:
 
     with pytest.raises(ValueError, match="'z0' is outside it or in a loop"):
         build(looped, torch.randn(3), rows=True)
+
+
+def test_a_layer_with_a_batching_rule_for_gradients_alone_is_served() -> None:
+    class Reader(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.read, self.out = nn.GRU(2, 3, batch_first=True), nn.Linear(3, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(self.read(x)[0][:, -1])
+
+    torch.manual_seed(0)
+    model = BayesianNeuralNetwork((4, 2), net=Reader(), likelihood=Homoscedastic(0.5))
+    batch = torch.randn(5, 4, 2), torch.randn(5)
+    density = build(model, *batch)
+    values = {name: torch.randn(3, *value.shape) for name, value in model.net.starts().items()}
+    u = density.unconstrain(values)
+    again = density.constrain(u)
+    for name, value in values.items():
+        torch.testing.assert_close(again[name], value)
+    one = {name: value[1] for name, value in values.items()}
+    trace = poutine.trace(poutine.condition(model, data=one)).get_trace(*batch)
+    torch.testing.assert_close(density(u.T)[0][1], trace.log_prob_sum().to(u))
