@@ -35,6 +35,18 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 TESTED = ("2.13",)  # torch versions on which the compiled step is tested
+# Operators that take many instructions an element, and those that move nothing.
+CALLS = {"acos", "acosh", "asin", "asinh", "atan", "atan2", "atanh", "cos", "cosh", "digamma", "erf",
+         "erfc", "erfinv", "exp", "exp2", "expm1", "lgamma", "log", "log10", "log1p", "log2",
+         "logaddexp", "polygamma", "pow", "sigmoid", "sin", "sinh", "tan", "tanh"}  # fmt: skip
+DIVIDES = {"div", "reciprocal", "rsqrt", "sqrt"}
+VIEWS = {"expand", "permute", "squeeze", "unsqueeze", "view"}
+PRODUCTS = {f"aoti_torch_cpu_{name}_out" for name in ("mm", "addmm", "bmm", "baddbmm")}
+_CALL = (
+    r"    (?:(?P<check>AOTI_TORCH_ERROR_CODE_CHECK\()?)"
+    rf"(?P<name>cpp_fused\w*|{'|'.join(sorted(PRODUCTS))})\((?P<arguments>.*?)\)(?(check)\));$"
+)
+REPEATED = 4  # elements that share a value, from which on it is stored
 SHORT = 24  # terms of a sum, and rows and columns, up to which a product is written out
 
 
@@ -278,6 +290,12 @@ using namespace torch::aot_inductor;
 namespace { constexpr bool _check_aoti_runtime_check_inputs_env() { return false; } }
 [[maybe_unused]] static int64_t align(int64_t bytes) { return (bytes + 63) & -64; }
 
+[[maybe_unused]] static RAIIAtenTensorHandle held(AtenTensorHandle tensor) {
+  AtenTensorHandle handle;
+  AOTI_TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(tensor, &handle));
+  return RAIIAtenTensorHandle(handle);
+}
+
 struct Steps {
   long done, many;
   int64_t* index;
@@ -338,6 +356,7 @@ def _lower(job: dict[str, Any]) -> str:
     from torch.fx.experimental.proxy_tensor import make_fx
 
     torch.set_num_threads(job["threads"])
+    torch.set_default_dtype(getattr(torch, job["dtype"]))  # of tensors that the program makes
     mode = FakeTensorMode()
     has_doubles = any(dtype == "float64" for _, _, dtype, _ in job["inputs"])
     width = torch.float64 if has_doubles else torch.float32
@@ -353,6 +372,8 @@ def _lower(job: dict[str, Any]) -> str:
         graph = make_fx(step, decomposition_table=parts, tracing_mode="real")(*inputs)
     graph.graph.eliminate_dead_code()
     _store_masks(graph, width)
+    _broadcast_late(graph)
+    _store_repeated(graph)
     _route_products(graph, Path(job["choices"]))
     caught: list[tuple[str, str]] = []
 
@@ -367,6 +388,7 @@ def _lower(job: dict[str, Any]) -> str:
     _draw_as_torch_does(graph)
     _call_operators_by_dispatcher()
     _linear_of_anything()
+    _tile_by_width()
     codecache.AotCodeCompiler.compile = classmethod(catch)  # pyright: ignore[reportAttributeAccessIssue]
     settings = {
         "fallback_random": True,  # the draws of eager torch
@@ -413,6 +435,7 @@ def _decompositions(width: torch.dtype) -> dict[Any, Any]:
         aten.mm.default: _short_product,
         aten.addmm.default: _short_sum,
         aten.pow.Scalar: _whole_power,
+        aten.tanh.default: _quick_tanh,
         aten.bitwise_and.Tensor: both,
         aten.logical_and.default: both,
         aten.bitwise_or.Tensor: either,
@@ -423,7 +446,7 @@ def _decompositions(width: torch.dtype) -> dict[Any, Any]:
 def _short_product(one: Tensor, other: Tensor) -> Any:
     """Write a short product out: a loop among loops, where a call would cost more than the work."""
     (rows, inner), columns = one.shape, other.shape[1]
-    if inner > SHORT or rows * inner * columns > SHORT**3:
+    if rows * inner * columns > SHORT**3:
         return NotImplemented
     return (one.unsqueeze(2) * other.unsqueeze(0)).sum(1)
 
@@ -433,6 +456,14 @@ def _short_sum(bias: Tensor, one: Tensor, other: Tensor, *, beta: Any = 1, alpha
     if product is NotImplemented or (beta, alpha) != (1, 1):
         return NotImplemented
     return product + bias
+
+
+def _quick_tanh(x: Tensor) -> Any:
+    """Take a few roundings for two thirds of the time: in double precision a network waits for it."""
+    if x.dtype != torch.float64:
+        return NotImplemented
+    e = torch.expm1(2.0 * x.clamp(max=20.0))  # 1 - tanh(20) is far below a rounding
+    return e / (e + 2.0)
 
 
 def _whole_power(base: Any, exponent: Tensor) -> Any:
@@ -470,11 +501,10 @@ def _either(width: torch.dtype, one: Tensor, other: Tensor) -> Any:
     return torch.maximum(one.to(width), other.to(width)) > 0.0
 
 
-def _store_masks(graph: GraphModule, width: torch.dtype) -> None:
-    """Store masks that are used more than once as floats, which are read and written in vectors."""
+def _stored() -> Any:
+    """Return an operator that has its argument written to memory, where it would be inlined."""
     from torch._inductor import lowering
 
-    aten: Any = torch.ops.aten
     if not hasattr(torch.ops.ppl_models, "stored"):
         torch.library.define("ppl_models::stored", "(Tensor x) -> Tensor")
         torch.library.impl("ppl_models::stored", "default", torch.clone)
@@ -485,6 +515,88 @@ def _store_masks(graph: GraphModule, width: torch.dtype) -> None:
 
     stored: Any = torch.ops.ppl_models.stored
     lowering.lowerings[stored] = lowering.lowerings[stored.default] = store
+    return stored.default
+
+
+def _broadcast_late(graph: GraphModule) -> None:
+    """Compute on values before they are broadcast, not after it: the logarithm of a shared scale."""
+    from torch.fx.node import map_arg
+
+    aten: Any = torch.ops.aten
+    for node in list(graph.graph.nodes):
+        value = node.meta.get("val")
+        if node.op != "call_function" or not isinstance(value, Tensor):
+            continue
+        inputs = node.all_input_nodes
+        if node.target is aten.view.default and inputs[0].meta["val"].shape == value.shape:
+            node.replace_all_uses_with(inputs[0])
+            continue
+        narrow = {
+            source: source.args[0]
+            for source in inputs
+            if source.target is aten.expand.default
+            and source.args[0].meta["val"].ndim == value.ndim == source.meta["val"].ndim
+        }
+        is_pointwise = torch.Tag.pointwise in getattr(node.target, "tags", ())
+        is_pointwise &= not _draws(node.target)  # each element is to have a draw of its own
+        others = (source for source in inputs if source not in narrow)
+        if not is_pointwise or not narrow or any(other.meta["val"].ndim for other in others):
+            continue
+        with graph.graph.inserting_before(node):
+            made = graph.graph.node_copy(node)
+            for source, before in narrow.items():
+                made.replace_input_with(source, before)
+            args, kwargs = map_arg((made.args, made.kwargs), lambda source: source.meta["val"])
+            made.meta["val"] = node.target(*args, **kwargs)
+            if made.meta["val"].numel() == value.numel():
+                graph.graph.erase_node(made)
+                continue
+            wide = graph.graph.call_function(aten.expand.default, (made, list(value.shape)))
+        wide.meta["val"] = made.meta["val"].expand(value.shape)
+        node.replace_all_uses_with(wide)
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+
+
+def _store_repeated(graph: GraphModule) -> None:
+    """Store what takes long and is used repeatedly: inlined, it would be computed repeatedly.
+
+    A scale that all rows share would have its logarithm taken by each of them, and the activation
+    of a unit would be computed for the next layer and again for its own gradient.
+    """
+    stored = _stored()
+
+    def store(node: torch.fx.Node) -> None:
+        with graph.graph.inserting_after(node):
+            made = graph.graph.call_function(stored, (node,))
+        made.meta["val"] = node.meta["val"]
+        node.replace_all_uses_with(made, delete_user_cb=lambda user: user is not made)
+
+    costly: set[Any] = set()  # nodes that would be inlined, with something slow in them
+    for node in list(graph.graph.nodes):
+        value = node.meta.get("val")
+        if node.op != "call_function" or not isinstance(value, Tensor):
+            continue
+        packet = getattr(node.target, "overloadpacket", None)
+        name = getattr(packet, "__name__", "")
+        is_pointwise = torch.Tag.pointwise in getattr(node.target, "tags", ())
+        if not is_pointwise and name not in VIEWS:
+            continue
+        for source in node.all_input_nodes:
+            if source in costly and source.meta["val"].numel() * REPEATED <= value.numel():
+                store(source)
+                costly.discard(source)
+        if name in CALLS and len(node.users) > 1:
+            store(node)
+        elif name in CALLS | DIVIDES or any(source in costly for source in node.all_input_nodes):
+            costly.add(node)
+    graph.recompile()
+
+
+def _store_masks(graph: GraphModule, width: torch.dtype) -> None:
+    """Store masks that are used more than once as floats, which are read and written in vectors."""
+    aten: Any = torch.ops.aten
+    stored = _stored()
     for node in list(graph.graph.nodes):
         value = node.meta.get("val")
         is_mask = isinstance(value, Tensor) and value.dtype == torch.bool
@@ -493,7 +605,7 @@ def _store_masks(graph: GraphModule, width: torch.dtype) -> None:
         users, made = list(node.users), node
         for target, *given in (
             (torch.ops.prims.convert_element_type.default, width),
-            (stored.default,),
+            (stored,),
             (aten.gt.Scalar, 0.0),
         ):
             with graph.graph.inserting_after(made):
@@ -505,13 +617,12 @@ def _store_masks(graph: GraphModule, width: torch.dtype) -> None:
 
 
 def _route_products(graph: GraphModule, choices: Path) -> None:
-    """Let oneDNN compute the matrix products for which it was the faster library, when timed.
+    """Compute each matrix product in the way that was the fastest when timed.
 
-    What was found is kept, so that the same product is always computed by the same library.
+    Single precision may be computed by oneDNN, double precision as the transpose of the product of
+    transposes. What was found is kept, so that the same product is always computed in the same way.
     """
     aten: Any = torch.ops.aten
-    if not torch.backends.mkldnn.is_available():
-        return
     known = _read_choices(choices)
     for node in list(graph.graph.nodes):
         if node.target not in (aten.mm.default, aten.addmm.default):
@@ -519,24 +630,32 @@ def _route_products(graph: GraphModule, choices: Path) -> None:
         bias, one, other = (None, *node.args[:2]) if len(node.args) == 2 else node.args[:3]
         values = [factor.meta["val"] for factor in (one, other)]
         is_plain = not node.kwargs and (bias is None or bias.meta["val"].ndim == 1)
-        if not is_plain or any(value.dtype != torch.float32 for value in values):
+        dtypes = {value.dtype for value in values}
+        if not is_plain or dtypes not in ({torch.float32}, {torch.float64}):
+            continue
+        if dtypes == {torch.float64} and bias is not None:
             continue
         work = values[0].shape[0] * values[0].shape[1] * values[1].shape[1]
         if work < 2**16:
             continue  # too short to be timed
         shapes = "; ".join(f"{tuple(v.shape)} {v.stride()}" for v in values)
-        key = f"{shapes}; bias {bias is not None}; threads {torch.get_num_threads()}"
+        kind = "double; " if dtypes == {torch.float64} else ""
+        key = f"{kind}{shapes}; bias {bias is not None}; threads {torch.get_num_threads()}"
         if key not in known:
-            known[key] = _faster(*values, bias=bias is not None)
-        if known[key] != "onednn":
+            known[key] = _fastest(*values, bias=bias is not None)
+        if known[key] == "mkl":
             continue
         with graph.graph.inserting_before(node):
-            turned = graph.graph.call_function(aten.permute.default, (other, [1, 0]))
-            turned.meta["val"] = values[1].permute(1, 0)
-            routed = graph.graph.call_function(
-                torch.ops.mkldnn._linear_pointwise.default, (one, turned, bias, "none", [], "")
-            )
-            routed.meta["val"] = node.meta["val"]
+            if known[key] == "onednn":
+                given = (one, _turned(graph, other), bias, "none", [], "")
+                linear: Any = torch.ops.mkldnn._linear_pointwise.default
+                routed = graph.graph.call_function(linear, given)
+                routed.meta["val"] = node.meta["val"]
+            else:
+                given = (_turned(graph, other), _turned(graph, one))
+                made = graph.graph.call_function(aten.mm.default, given)
+                made.meta["val"] = node.meta["val"].permute(1, 0)
+                routed = _turned(graph, made)
         node.replace_all_uses_with(routed)
         graph.graph.erase_node(node)
     graph.recompile()
@@ -554,15 +673,24 @@ def _read_choices(path: Path) -> dict[str, str]:
         return {}
 
 
-def _faster(one: Tensor, other: Tensor, *, bias: bool) -> str:
-    """Time a product in both libraries."""
+def _turned(graph: GraphModule, node: torch.fx.Node) -> torch.fx.Node:
+    turned = graph.graph.call_function(torch.ops.aten.permute.default, (node, [1, 0]))
+    turned.meta["val"] = node.meta["val"].permute(1, 0)
+    return turned
+
+
+def _fastest(one: Tensor, other: Tensor, *, bias: bool) -> str:
+    """Time a product in all ways."""
     a, b = (torch.empty_strided(v.shape, v.stride(), dtype=v.dtype).normal_() for v in (one, other))
-    c = torch.zeros(b.shape[1]) if bias else None
+    c = torch.zeros(b.shape[1], dtype=b.dtype) if bias else None
     linear = torch.ops.mkldnn._linear_pointwise
     ways: dict[str, Callable[[], Tensor]] = {
-        "mkl": lambda: torch.mm(a, b) if c is None else torch.addmm(c, a, b),
-        "onednn": lambda: linear(a, b.t(), c, "none", [], ""),
+        "mkl": lambda: torch.mm(a, b) if c is None else torch.addmm(c, a, b)
     }
+    if a.dtype == torch.float64:
+        ways["turned"] = lambda: torch.mm(b.t(), a.t())
+    elif torch.backends.mkldnn.is_available():
+        ways["onednn"] = lambda: linear(a, b.t(), c, "none", [], "")
     best = dict.fromkeys(ways, float("inf"))
     for _ in range(7):
         for name, way in ways.items():
@@ -571,7 +699,8 @@ def _faster(one: Tensor, other: Tensor, *, bias: bool) -> str:
             for _ in range(5):
                 way()
             best[name] = min(best[name], time.perf_counter() - start)
-    return "onednn" if best["onednn"] < 0.9 * best["mkl"] else "mkl"
+    best["mkl"] *= 0.9  # another way is to be clearly faster
+    return min(best, key=best.__getitem__)
 
 
 def _linear_of_anything() -> None:
@@ -589,6 +718,33 @@ def _linear_of_anything() -> None:
 
     operator = torch.ops.mkldnn._linear_pointwise
     lowering.lowerings[operator] = lowering.lowerings[operator.default] = lower
+
+
+def _tile_by_width() -> None:
+    """Take as many doubles at once as one register holds, where there are no more of them.
+
+    Inductor counts in floats: two registers of doubles, of which a few chains leave one empty.
+    """
+    from torch._inductor.codegen import cpp as code
+    from torch._inductor.cpu_vec_isa import pick_vec_isa
+
+    cpp: Any = code
+    whole = cpp.TilingSelect.select_tiling
+    if getattr(whole, "by_width", False):
+        return
+
+    def select(self: Any, bodies: Any, sizes: Any) -> Any:
+        factors, indices, stats = whole(self, bodies, sizes)
+        found = cpp._get_dtype_from_loopbodies(cpp._get_loop_body(bodies))
+        if len(indices) == 1 and found <= {torch.float64, torch.int64}:
+            width = pick_vec_isa().bit_width() // 64
+            loops = max(sizes, key=lambda size: len(size[1]))
+            if (*loops[0], *loops[1])[indices[0]] <= width:
+                factors = [width]
+        return factors, indices, stats
+
+    select.by_width = True  # pyright: ignore[reportFunctionMemberAccess]
+    cpp.TilingSelect.select_tiling = select
 
 
 def _call_operators_by_dispatcher() -> None:
@@ -667,23 +823,50 @@ def _standalone(wrapper: str, kernels: str) -> str:
 
 
 def _looped(body: str) -> str | None:
-    """Put the loop over steps into a function that calls one kernel and nothing else.
+    """Put the loop over steps into the function, if all it calls are kernels and matrix products.
 
     Then buffers are allocated once for all steps, and addresses are looked up once.
     """
-    calls = re.findall(r"^    (cpp_fused\w*)\((.*)\);$", body, re.MULTILINE)
     out = re.findall(r"^    output_handles\[0\] = (\w+)\.release\(\);$", body, re.MULTILINE)
-    asked = set(re.findall(r"\baoti_torch_\w+", body)) - {"aoti_torch_empty_strided"}
-    if len(calls) != 1 or len(out) != 1 or asked or "StableIValue" in body:
+    asked = set(re.findall(r"\baoti_torch_\w+", body)) - {"aoti_torch_empty_strided", *PRODUCTS}
+    if len(out) != 1 or asked or "StableIValue" in body:
         return None
-    name, text = calls[0]
-    given = text.split(", (")
-    values = [given[0], *(f"({value}" for value in given[1:])]
-    fixed = "\n".join(f"    auto fixed_{i} = {value};" for i, value in enumerate(values))
-    names = ", ".join(f"fixed_{i}" for i in range(len(values)))
+    lines: list[str] = []
+    calls: list[str] = []
+    end = 0  # where the last call stood
+    for line in body.splitlines():
+        found = re.match(_CALL, line)
+        if found is None:
+            if not re.fullmatch(r"\s*\w+\.reset\(\);", line):  # its memory is needed again
+                lines.append(line)
+            continue
+        given = []
+        for i, value in enumerate(_arguments(found["arguments"])):
+            name = f"fixed_{len(calls)}_{i}"
+            if re.fullmatch(r"(buf|arg)\d+(_\d+)?", value):  # which may be given away further down
+                value = f"held({value})"
+            lines.append(f"    auto {name} = {value};")
+            given.append(name)
+        call = f"{found['name']}({', '.join(given)})"
+        calls.append(f"{found['check']}{call});" if found["check"] else f"{call};")
+        end = len(lines)
+    if not calls:
+        return None
     bound = f"    auto fixed_bound = (const double*)({out[0]}.data_ptr());"
-    loop = f"    while (steps.begin()) {{ {name}({names}); if (!steps.end(fixed_bound)) break; }}"
-    return body.replace(f"    {name}({text});", f"{fixed}\n{bound}\n{loop}")
+    loop = f"    while (steps.begin()) {{ {' '.join(calls)} if (!steps.end(fixed_bound)) break; }}"
+    return "\n".join((*lines[:end], bound, loop, *lines[end:], ""))
+
+
+def _arguments(text: str) -> list[str]:
+    """Split the arguments of a call."""
+    found, depth = [""], 0
+    for sign in text:
+        depth += (sign in "([{") - (sign in ")]}")
+        if sign == "," and not depth:
+            found.append("")
+        else:
+            found[-1] += sign
+    return [value.strip() for value in found]
 
 
 def _build(source: str, out: Path, job: dict[str, Any]) -> None:

@@ -109,6 +109,7 @@ class Plan:
                 for v in self.inputs
             ],
             "threads": torch.get_num_threads(),
+            "dtype": str(torch.get_default_dtype()).removeprefix("torch."),
             "narrow": self.narrow,
         }
 

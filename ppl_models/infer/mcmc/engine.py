@@ -20,6 +20,7 @@ from ppl_models.infer.mcmc.nuts import LogDensity, Record, Trajectory, Tuning
 
 PART = 512  # transitions, after which chains wait for each other and go on afresh
 NUMBERS = 2**28  # that the record of a part may hold
+TALL = 4  # rows for each column
 NARROW = 8  # chains that leave wide vectors half empty
 BOLD = 15  # transitions of a window that is long
 
@@ -63,6 +64,7 @@ class Engine:
         target: Acceptance probability aimed at.
         slots: Transitions that will be asked for at once, at most.
         dense: Whether the metric is a matrix.
+        steady: Whether what the density reads besides positions stays as it is: then it may be copied.
 
     Attributes:
         restarted: How often a chain went on from the place of another one.
@@ -79,6 +81,7 @@ class Engine:
         target: float,
         slots: int,
         dense: bool,
+        steady: bool,
     ) -> None:
         dim, chains = positions.shape
         self._seed = seed
@@ -89,7 +92,7 @@ class Engine:
         self._positions = positions.clone()
         scale = torch.ones_like(positions)
         self._scale = torch.diag_embed(scale.T).permute(1, 2, 0).contiguous() if dense else scale
-        self._density = recorded(log_density, positions)
+        self._density = recorded(log_density, positions, steady=steady)
         start = nuts.begin(positions, self._white, streams(0, ids), depth)
         # Round numbers, so that one compiled tick serves for many a number of draws; and no more
         # than a part of them, so that where a part ends does not depend on the number of chains.
@@ -267,9 +270,15 @@ class Engine:
 
 
 def recorded(
-    log_density: Callable[..., tuple[Tensor, Tensor]], *inputs: Tensor
+    log_density: Callable[..., tuple[Tensor, Tensor]], *inputs: Tensor, steady: bool = False
 ) -> Callable[..., tuple[Tensor, Tensor]]:
-    """Return a density that needs no handlers, if it can be recorded on some inputs."""
+    """Return a density that needs no handlers, if it can be recorded on some inputs.
+
+    Arguments:
+        log_density: What is recorded.
+        inputs: What it is recorded on.
+        steady: Whether all else that it reads stays as it is: then it may be copied.
+    """
     try:
         graph = record(log_density, *inputs)
     except Untraceable:
@@ -280,11 +289,22 @@ def recorded(
 
         return evaluate
 
+    held = [
+        _by_columns(value) if steady and place not in graph.changed else value
+        for place, value in enumerate(graph.tensors)
+    ]
+
     def run(*inputs: Tensor) -> tuple[Tensor, Tensor]:
-        value, gradient = graph.module(*graph.tensors, *inputs)
+        value, gradient = graph.module(*held, *inputs)
         return value, gradient
 
     return run
+
+
+def _by_columns(value: Tensor) -> Tensor:
+    """Lay a tall matrix out by columns, along which products with few chains go the faster."""
+    is_tall = value.ndim == 2 and value.shape[0] >= TALL * value.shape[1] > TALL
+    return value.detach().t().contiguous().t() if is_tall else value
 
 
 def _parts(live: Sequence[Tensor]) -> tuple[Trajectory, Stream, Record, Tuning]:

@@ -161,6 +161,7 @@ class Gibbs:
                 target=sampler.nuts.target_accept,
                 slots=1,
                 dense=sampler.nuts.dense,
+                steady=False,
             )
 
     @property

@@ -368,6 +368,7 @@ class _Task:
             target=self.sampler.target_accept,
             slots=slots,
             dense=self.sampler.dense,
+            steady=True,
         )
         return engine, TREE
 

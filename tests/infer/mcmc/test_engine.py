@@ -223,6 +223,56 @@ def test_compiled_rows_of_a_network_are_those_of_the_graph() -> None:
     assert_close(compiled["z"], traced["z"], rtol=1e-2, atol=1e-2)
 
 
+def regression() -> None:
+    """So many rows that the products are left to a library of matrix products."""
+    x = torch.sin(torch.arange(1500 * 12.0) ** 2).reshape(1500, 12)
+    y = (x[:, 0] > x[:, 1] - 0.5).double()
+    w = pyro.sample("w", dist.Normal(0.0, 1.0).expand([12]).to_event(1))
+    with pyro.plate("rows", 1500):
+        pyro.sample("y", dist.Bernoulli(logits=x @ w), obs=y)
+
+
+def network() -> None:
+    """Activations that are used twice, and a scale that all rows share."""
+    x = torch.linspace(-2.0, 2.0, 80).unsqueeze(-1) ** torch.arange(1.0, 5.0)
+    first = pyro.sample("first", dist.Normal(0.0, 1.0).expand([4, 30]).to_event(2))
+    second = pyro.sample("second", dist.Normal(0.0, 0.2).expand([30]).to_event(1))
+    scale = pyro.sample("scale", dist.HalfCauchy(1.0))
+    outputs = torch.tanh(x @ first) @ second
+    pyro.sample("y", dist.Normal(outputs, scale).to_event(1), obs=torch.sin(x[:, 0]))
+
+
+@pytest.mark.usefixtures("compiles")
+@pytest.mark.parametrize("model", [regression, network])
+@pytest.mark.parametrize("chains", [4, 9])
+def test_compiled_chains_with_products_are_those_of_the_graph(model: Any, chains: int) -> None:
+    traced, compiled = (
+        of(model, chains=chains, draws=4, warmup=0, compile=c, sampler=NUTS(max_depth=5))
+        for c in (False, "now")
+    )
+    assert compiled.compiled.startswith("compiled")
+    for name, value in traced.items():
+        assert_close(compiled[name], value, rtol=1e-6, atol=1e-6)
+    assert traced.leapfrogs is not None
+    assert compiled.leapfrogs is not None
+    assert torch.equal(traced.leapfrogs, compiled.leapfrogs)
+    assert compiled.leapfrogs.sum(1).max() > 4  # ticks in one call of the loop
+
+
+def test_what_may_change_is_read_anew_by_a_recorded_density() -> None:
+    held = torch.ones(8, 2)
+
+    def density(u: Tensor) -> tuple[Tensor, Tensor]:
+        return (held.T @ u).sum(0), held.sum(1, keepdim=True).expand_as(u)
+
+    u = torch.ones(8, 3)
+    anew, once = (engine.recorded(density, u, steady=steady) for steady in (False, True))
+    assert_close(anew(u), once(u))
+    held.mul_(2.0)
+    assert_close(anew(u)[0], torch.full((3,), 32.0))
+    assert_close(once(u)[0], torch.full((3,), 16.0))
+
+
 def test_short_sampling_waits_for_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     def asked(*_: Any) -> Any:
         raise AssertionError("the compiler was asked")
