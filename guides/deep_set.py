@@ -16,6 +16,7 @@ from guides.local import Local
 from ppl_models.bnn import Tasks
 from ppl_models.core.batch import as_batch, check_model
 from ppl_models.core.sites import example_batch
+from ppl_models.parts.likelihoods import Classes
 from ppl_models.parts.nn import mlp
 
 
@@ -73,7 +74,8 @@ class DeepSet(Amortized):
                 "DeepSet: hidden must name the units of one tanh layer or more, got ()."
             )
         x, y = as_batch(example_batch(model, example), model)
-        classes = 0 if y.is_floating_point() else getattr(model.single.observation, "size", 0)
+        likelihood = model.single.observation
+        classes = likelihood.classes if isinstance(likelihood, Classes) else 0
         super().__init__(
             model,
             family=family,
@@ -120,8 +122,13 @@ class _Set(nn.Module):
         self.each = mlp(inputs, hidden)
         self.all = mlp(hidden[-1] + 1, hidden)
 
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """Read tasks, (T, N, ...) each, into features of shape (T, H)."""
+        if y is None:
+            raise ValueError(
+                "DeepSet: it reads a task as a whole, both x and y, but got x alone. To predict one, "
+                "predict(tasks.single, guide.given(x, y), new_x)."
+            )
         mean = self.each(_rows(x, y, self.classes)).mean(1)
         count = torch.full_like(mean[:, :1], math.log(x.shape[1]))
         return self.all(torch.cat([mean, count], dim=-1))
@@ -129,5 +136,5 @@ class _Set(nn.Module):
 
 def _rows(x: Tensor, y: Tensor, classes: int) -> Tensor:
     """Join what there is of each row: (T, N, F)."""
-    y = one_hot(y, classes) if classes else y
+    y = one_hot(y.long(), classes) if classes else y
     return torch.cat([x.reshape(*x.shape[:2], -1), y.reshape(*y.shape[:2], -1).to(x)], dim=-1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from typing import Any
 
 import pyro
@@ -71,18 +72,19 @@ class BayesianNeuralNetwork(NamedModule):
         net: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        shape: tuple[int, ...] = (data_dim,) if isinstance(data_dim, int) else tuple(data_dim)
-        if not shape or min(*shape, *hidden, 1) < 1 or (net is None and len(shape) > 1):
+        shape, units = _sizes(data_dim), None if isinstance(hidden, Integral) else _sizes(hidden)
+        if not shape or units is None or (net is None and len(shape) > 1):
             raise ValueError(
-                "BayesianNeuralNetwork: data_dim and hidden must be positive, and the tanh network "
-                f"takes one number for data_dim (pass net= for others), got {data_dim=}, "
-                f"hidden={tuple(hidden)}."
+                "BayesianNeuralNetwork: data_dim and hidden must be positive integers, hidden a "
+                "sequence of them, such as (50,), and the tanh network takes one number for data_dim "
+                f"(pass net= for others), got {data_dim=}, {hidden=}."
             )
+        _check_likelihood(likelihood)
         self.data_shape = shape
         self.observation = Homoscedastic() if likelihood is None else likelihood
         outputs = getattr(self.observation, "size", 1)
         if net is None:
-            net = mlp(math.prod(shape), hidden, outputs)
+            net = mlp(math.prod(shape), units, outputs)
         _check_layers(net)
         if isinstance(self.observation, Likelihood):
             of = f"what {type(self.observation).__name__} takes"
@@ -94,6 +96,11 @@ class BayesianNeuralNetwork(NamedModule):
         self, x: Float[Tensor, "N *event"], y: Tensor | None = None
     ) -> Float[Tensor, "*batch N *out"]:
         """Tell the story of `y` given `x`, or draw it."""
+        if x.shape[1:] != self.data_shape:
+            raise ValueError(
+                "BayesianNeuralNetwork: x must have shape (rows, "
+                f"{', '.join(map(str, self.data_shape))}), got {tuple(x.shape)}."
+            )
         latents = {name: pyro.sample(name, fn) for name, fn in self.prior().items()}
         outputs = self.net(x)
         with pyro.plate("data", len(x)):
@@ -169,7 +176,7 @@ class Tasks(NamedModule):
         self, x: Float[Tensor, "T N *event"], y: Tensor | None = None
     ) -> Float[Tensor, "*batch T N *out"]:
         """Tell the story of each task's `y` given its `x`, or draw it."""
-        if x.ndim != 2 + len(self.single.data_shape):
+        if x.shape[2:] != self.single.data_shape:
             raise ValueError(
                 f"Tasks: x must have shape (tasks, rows, {', '.join(map(str, self.single.data_shape))})"
                 f", got {tuple(x.shape)}. For one task, x[None] and y[None]."
@@ -195,7 +202,31 @@ def _by_task(site: str, prior: Distribution) -> Tensor:
     return pyro.sample(site, prior).unsqueeze(-1 - prior.event_dim)
 
 
+def _sizes(value: Any) -> tuple[int, ...] | None:
+    """Return one positive integer, or a sequence of them, as a tuple; None if it is no such thing."""
+    values = tuple(value) if isinstance(value, Sequence) else (value,)
+    if not all(isinstance(one, Integral) and not isinstance(one, bool) for one in values):
+        return None
+    return tuple(int(one) for one in values) if all(one > 0 for one in values) else None
+
+
+def _check_likelihood(likelihood: Any) -> None:
+    if likelihood is None:
+        return
+    if isinstance(likelihood, type | Distribution) or not callable(likelihood):
+        raise ValueError(
+            "BayesianNeuralNetwork: likelihood must be one of ppl_models.parts.likelihoods, such as "
+            "Homoscedastic(0.1) or Classes(3), or a function from the outputs of the network to a "
+            f"distribution, got {likelihood!r}."
+        )
+
+
 def _check_layers(net: nn.Module) -> None:
+    if not isinstance(net, nn.Module):
+        raise ValueError(
+            "BayesianNeuralNetwork: net must be an instance of torch.nn.Module, whose parameters are "
+            f"to be inferred, got {net!r}."
+        )
     if not any(True for _ in net.parameters()):
         raise ValueError(
             f"BayesianNeuralNetwork: net must have parameters to infer, but {type(net).__name__} has "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from torch.testing import assert_close
 from guides import Local, families
 from ppl_models import BayesianNeuralNetwork
 from ppl_models.core.sites import site_table
-from ppl_models.evaluate import elbo
+from ppl_models.evaluate import elbo, predict
 from ppl_models.infer import ELBO, fit, sample
 from ppl_models.infer.gradients import StickingTheLanding
 from ppl_models.parts.likelihoods import Bernoulli, Classes, Counts, Gaussian, Homoscedastic
@@ -291,7 +292,7 @@ def test_constant_targets_are_fine_with_a_known_scale_and_in_a_minibatch() -> No
 
 
 def test_networks_that_cannot_serve_are_refused() -> None:
-    make = BayesianNeuralNetwork
+    make: Any = BayesianNeuralNetwork
     with pytest.raises(ValueError, match="must have parameters to infer, but Tanh has none"):
         make(2, net=nn.Tanh())
     for layer in (nn.BatchNorm1d(4), nn.LazyBatchNorm1d(), nn.SyncBatchNorm(4)):
@@ -302,21 +303,70 @@ def test_networks_that_cannot_serve_are_refused() -> None:
         make(2, net=nn.Linear(2, 1), likelihood=Classes(3))
     with pytest.raises(ValueError, match=r"net must map \(rows, 2\) .* it said:"):
         make(2, net=nn.Linear(3, 1))
-    for options in ({"data_dim": 0}, {"data_dim": 2, "hidden": (0,)}, {"data_dim": (1, 3, 3)}):
-        with pytest.raises(ValueError, match="data_dim and hidden must be positive"):
+    for options in (
+        {"data_dim": 0},
+        {"data_dim": "2"},
+        {"data_dim": 2.0},
+        {"data_dim": True},
+        {"data_dim": (1, 3, 3)},
+        {"data_dim": 2, "hidden": (0,)},
+        {"data_dim": 2, "hidden": (2.5,)},
+        {"data_dim": 2, "hidden": 5},
+    ):
+        with pytest.raises(ValueError, match="data_dim and hidden must be positive integers"):
             make(**options)
+    assert make(np.int64(2), hidden=[np.int64(3)]).data_shape == (2,)
+    for net in (nn.Linear, lambda x: x):
+        with pytest.raises(ValueError, match=r"net must be an instance of torch\.nn\.Module"):
+            make(2, net=net)
+    for likelihood in (Counts, dist.Normal(0.0, 1.0), "normal", 0.1):
+        with pytest.raises(ValueError, match=r"likelihood must be one of ppl_models\.parts"):
+            make(2, likelihood=likelihood)
+
+
+@pytest.mark.parametrize("shape", [(2,), (6,), (6, 3), (1, 6, 2)])
+def test_covariates_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
+    # One row without its first dimension has as many values as there are features.
+    model = BayesianNeuralNetwork(2, hidden=(3,))
+    x = torch.randn(6, 2)
+    guide = Local(model, example=(x, model(x)))
+    other, y = torch.randn(shape), torch.randn(shape[0])
+    said = r"x must have shape \(rows, 2\), got "
+    for call in (
+        lambda: model(other),
+        lambda: fit(model, guide, (other, y), steps=1, progress=False),
+        lambda: sample(model, other, y, chains=1, draws=4, warmup=1, progress=False),
+        lambda: predict(model, guide, other),
+        lambda: predict(model, guide, other, y),
+    ):
+        with pytest.raises(ValueError, match=said):
+            call()
 
 
 def test_parts_with_bad_numbers_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"Homoscedastic: scale must be > 0, got -1"):
+    with pytest.raises(
+        ValueError, match=r"Homoscedastic: scale must be > 0 and finite, one number, got -1"
+    ):
         Homoscedastic(-1.0)
-    for prior in (dist.Normal(0.0, 1.0), dist.Gamma(torch.ones(2), 1.0)):
+    for scale in (math.inf, torch.ones(2)):
+        with pytest.raises(ValueError, match=r"scale must be > 0 and finite, one number, got"):
+            Homoscedastic(scale)  # pyright: ignore[reportArgumentType]
+    for prior in (dist.Normal(0.0, 1.0), dist.Gamma(torch.ones(2), 1.0), dist.Uniform(-1.0, 1.0)):
         with pytest.raises(ValueError, match="distribution of one positive number"):
             Homoscedastic(prior)
-    with pytest.raises(ValueError, match="Classes: classes must be at least 2, got 1"):
-        Classes(1)
+    bounded = BayesianNeuralNetwork(2, likelihood=Homoscedastic(dist.Uniform(0.1, 1.0)))
+    assert (
+        0.1
+        < poutine.trace(bounded).get_trace(torch.randn(3, 2)).nodes["noise_scale"]["value"]
+        < 1.0
+    )
+    for count in (1, 2.5, True):
+        with pytest.raises(
+            ValueError, match=f"Classes: classes must be an integer >= 2, got {count}"
+        ):
+            Classes(count)  # pyright: ignore[reportArgumentType]
     for options in ((0.0,), (0.5, 1.0, 2.0), (0.5, -1.0, -2.0)):
         with pytest.raises(ValueError, match="weight must be between 0 and 1, and 0 < narrow"):
             scale_mixture(*options)
-    with pytest.raises(ValueError, match="hierarchical: scale must be > 0, got 0"):
+    with pytest.raises(ValueError, match="hierarchical: scale must be > 0 and finite, got 0"):
         hierarchical(0.0)

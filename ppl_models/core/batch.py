@@ -42,7 +42,7 @@ def as_batch(data: Any, *programs: Any, device: torch.device | str | None = None
         ValueError: For an empty argument, lengths that differ, NaN, infinity, or data that are not
             numbers.
     """
-    arguments = _arguments(data)
+    arguments = arguments_of(data)
     names = argument_names(programs[0], len(arguments)) if programs else []
     names = names or [f"argument {i + 1}" for i in range(len(arguments))]
     like = parameter_like(*programs)
@@ -83,7 +83,7 @@ def redrawn(data: Any, batch: Batch) -> list[tuple[Tensor, Tensor]]:
         return []  # and a torch Dataset is not read again
     return [
         (value, source.probabilities.to(value))
-        for i, (source, value) in enumerate(zip(_arguments(data), batch, strict=True))
+        for i, (source, value) in enumerate(zip(arguments_of(data), batch, strict=True))
         if isinstance(source, Dynamic) and not any(value is other for other in batch[:i])
     ]
 
@@ -168,8 +168,9 @@ def check_programs(caller: str, **programs: Any) -> None:
                 if isinstance(program, type)
                 else reprlib.repr(program)
             )
+            kind = "guide" if role == "init" else role
             raise ValueError(
-                f"{caller}: {role} must be a Pyro {role}, a function or an instance of a module, "
+                f"{caller}: {role} must be a Pyro {kind}, a function or an instance of a module, "
                 f"got {what}."
             )
 
@@ -230,7 +231,8 @@ def moved(device: torch.device | None, *programs: Any) -> Iterator[None]:
         raise
 
 
-def _arguments(data: Any) -> tuple[Any, ...]:
+def arguments_of(data: Any) -> tuple[Any, ...]:
+    """Tell the arguments apart in what `as_batch` takes."""
     if isinstance(data, tuple) and len(data) == 1 and not isinstance(data[0], Tensor | Dynamic):
         data = data[0]  # elbo(model, guide, dataset) takes what fit(model, guide, dataset) takes
     if isinstance(data, torch.utils.data.Dataset):

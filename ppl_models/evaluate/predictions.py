@@ -13,7 +13,7 @@ from pyro import poutine
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from ppl_models.core.batch import as_batch, check_model, check_programs
+from ppl_models.core.batch import arguments_of, as_batch, check_model, check_programs
 from ppl_models.core.checks import check_count, check_known
 from ppl_models.core.modes import evaluating
 from ppl_models.core.random import seeded
@@ -146,13 +146,15 @@ def predict(
     guide = None if isinstance(posterior, Mapping) else posterior
     check_programs("predict", model=model, **({} if guide is None else {"guide": guide}))
     programs = [model] if guide is None else [model, guide]
-    covariates = tuple(x) if isinstance(x, tuple | list) else (x,)
+    if isinstance(posterior, Mapping) and not posterior:
+        raise ValueError("predict: posterior must hold draws of the latents, got none at all.")
+    covariates = arguments_of(x)
     with own_parameters(*programs), seeded(seed), evaluating(*programs), unchanged_on_error():
         given = as_batch(covariates if y is None else (*covariates, y), *programs)
         batch = given[: len(covariates)]
+        table = check_model(model, given, plate=plate, rows=len(batch[0]))
         if y is not None:
-            check_model(model, given, plate=plate, rows=len(batch[0]))
-        table = site_table(model, *batch, plate=plate)
+            table = site_table(model, *batch, plate=plate)
         if isinstance(posterior, Mapping):
             kept = thinned(posterior, draws)
             draws = len(next(iter(kept.values())))
@@ -259,6 +261,11 @@ def _chunks(
     """Run a function on each draw, as many at once as memory is meant for."""
     with Made() as made:
         found = once(first)
+    if nans := int(found["mean"].isnan().sum()):
+        raise ValueError(
+            f"predict: y must have a mean, but {nans} of {found['mean'].numel()} are NaN. Does its "
+            "distribution have none, as a Cauchy has, or does the network put out NaN?"
+        )
     yield {key: value[None] for key, value in found.items()}
     used = made.bytes + sum(value.numel() * value.element_size() for value in first.values())
     size = max(1, MEMORY // max(1, used))

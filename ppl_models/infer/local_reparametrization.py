@@ -89,7 +89,8 @@ def local_reparametrization(
             "local_reparametrization: guide must have a method q(site) that tells the distribution "
             f"of a weight, as guides.Local has, but {describe_program(guide)} has none."
         )
-    outputs = _outputs(model, net, _example(model, example), plate)
+    batch = _example(model, example)
+    outputs = _outputs(model, net, batch, plate)
     layers, reasons = {}, {}
     network: Any = net.inner.module
     for name, layer in network.net.named_modules():
@@ -110,6 +111,14 @@ def local_reparametrization(
     parent, _, attribute = path.rpartition(".")
     rows = _Rows(other.get_submodule(path), mine, layers, plate)
     setattr(other.get_submodule(parent), attribute, rows)
+    try:
+        site_table(other, *batch, plate=plate)
+    except Exception as error:
+        raise ValueError(
+            f"local_reparametrization: without weights of the layers {list(layers)} the network "
+            f"cannot be run: {error}. It must use them by calling the layers alone; "
+            "nn.TransformerEncoderLayer and weight_norm do not. Use fit(model, guide, ...)."
+        ) from error
     return other, _Rest(mine, rows.sites, layers, plate)
 
 

@@ -7,6 +7,7 @@ likelihood with numbers of its own that are to be inferred has `latents()`, and 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
@@ -14,8 +15,8 @@ import pyro.distributions as dist
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.distributions import constraints
 
+from ppl_models.core.checks import check_count
 from ppl_models.core.types import Distribution
 
 
@@ -82,8 +83,7 @@ class Categorical:
     classes: int
 
     def __post_init__(self) -> None:
-        if self.classes < 2:
-            raise ValueError(f"Categorical: classes must be at least 2, got {self.classes}.")
+        check_count("Categorical", "classes", self.classes, 2)
 
     @property
     def size(self) -> int:
@@ -110,15 +110,15 @@ class Homoscedastic:
 
     def __post_init__(self) -> None:
         if not isinstance(self.scale, Distribution):
-            if not self.scale > 0.0:
-                raise ValueError(f"Homoscedastic: scale must be > 0, got {self.scale}.")
+            number = torch.as_tensor(self.scale)
+            if number.numel() != 1 or not 0.0 < number.item() < math.inf:
+                raise ValueError(
+                    f"Homoscedastic: scale must be > 0 and finite, one number, got {self.scale}."
+                )
             return
         support = self.scale.support
-        half_lines = (type(constraints.positive), type(constraints.nonnegative))
-        positive = (
-            isinstance(support, half_lines) and not torch.as_tensor(support.lower_bound).any()
-        )
-        if self.scale.shape() != () or not positive:
+        least = torch.as_tensor(getattr(support, "lower_bound", -1.0))
+        if self.scale.shape() != () or support.is_discrete or not bool((least >= 0.0).all()):
             raise ValueError(
                 "Homoscedastic: the prior of scale must be a distribution of one positive number, "
                 f"such as LogNormal(-1.0, 1.0), got {self.scale}."
@@ -171,8 +171,7 @@ class Classes:
     classes: int
 
     def __post_init__(self) -> None:
-        if self.classes < 2:
-            raise ValueError(f"Classes: classes must be at least 2, got {self.classes}.")
+        check_count("Classes", "classes", self.classes, 2)
 
     @property
     def size(self) -> int:

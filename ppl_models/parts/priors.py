@@ -38,8 +38,8 @@ class normal:
     scale: float = 1.0
 
     def __post_init__(self) -> None:
-        if not self.scale > 0.0:
-            raise ValueError(f"normal: scale must be > 0, got {self.scale}.")
+        if not 0.0 < self.scale < math.inf:
+            raise ValueError(f"normal: scale must be > 0 and finite, got {self.scale}.")
 
     def __call__(self, _: str, value: Tensor) -> Distribution:
         """Return the prior of one parameter."""
@@ -108,8 +108,8 @@ class hierarchical:
     scale: float = 1.0
 
     def __post_init__(self) -> None:
-        if not self.scale > 0.0:
-            raise ValueError(f"hierarchical: scale must be > 0, got {self.scale}.")
+        if not 0.0 < self.scale < math.inf:
+            raise ValueError(f"hierarchical: scale must be > 0 and finite, got {self.scale}.")
 
     def latents(self, name: str, value: Tensor) -> dict[str, Distribution]:
         """Return the priors of what the prior of one parameter depends on, by site."""
@@ -179,6 +179,10 @@ class Bayesian(NamedModule):
             fn = self._prior(name, parameter.detach())
             if fn is None:
                 continue
+            if not isinstance(fn, Distribution):
+                raise ValueError(
+                    f"bayesian: the prior of '{name}' must be a distribution or None, got {fn!r}."
+                )
             if fn.batch_shape or fn.event_shape != parameter.shape:
                 raise ValueError(
                     f"bayesian: the prior of '{name}' must have event shape "
@@ -266,8 +270,18 @@ class Plain(nn.Module):
 
 def as_prior(prior: Any) -> Prior:
     """Return a function of name and value, given one or a distribution to be expanded over each."""
-    if not hasattr(prior, "sample"):
-        return prior
+    if isinstance(prior, type) or not callable(prior):
+        raise ValueError(
+            "prior: it must be a distribution of Pyro, such as Normal(0.0, 1.0), or a function of "
+            f"name and value, such as normal(1.0) in ppl_models.parts.priors, got {prior!r}."
+        )
+    if not isinstance(prior, Distribution):
+        return prior  # pyright: ignore[reportReturnType]
+    if prior.shape().numel() != 1 or prior.event_shape or prior.support.is_discrete:
+        raise ValueError(
+            "prior: a distribution must be of one real number, to be expanded over each parameter, "
+            f"got {prior}. For another one for each, pass a function of name and value."
+        )
 
     def expanded(_: str, value: Tensor) -> Distribution:
         # In the precision and on the device of the parameter, where the arguments are at hand.

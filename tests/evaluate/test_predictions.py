@@ -228,6 +228,16 @@ def test_a_seed_isolates_and_reproduces() -> None:
     assert without.mean.shape == (12,)
 
 
+def test_rows_may_be_lists() -> None:
+    x, y = data()
+    posterior = Posterior({"w": torch.randn(1, 9, 2)})
+    want = predict(line, posterior, x, y, seed=0)
+    for rows in (x.tolist(), (x.tolist(),), [x]):
+        found = predict(line, posterior, rows, y.tolist(), seed=0)
+        assert torch.equal(found.mean, want.mean)
+        assert torch.equal(predict(line, posterior, rows).mean, want.mean)
+
+
 def test_what_does_not_fit_is_refused() -> None:
     x, y = data()
     posterior = Posterior({"w": torch.zeros(1, 9, 2)})
@@ -245,6 +255,18 @@ def test_what_does_not_fit_is_refused() -> None:
         predict(line, posterior, x, y, site="x")
     with pytest.raises(ValueError, match="give y to `predict`"):
         predict(line, posterior, x).plot()
+    with pytest.raises(ValueError, match="posterior must hold draws of the latents, got none"):
+        predict(line, {}, x, y)
+    with pytest.raises(ValueError, match=r"line cannot be run on this data.*x \(12, 3\)"):
+        predict(line, posterior, torch.randn(12, 3))
+
+    def heavy(x: Tensor, y: Tensor | None = None) -> None:
+        w = pyro.sample("w", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Cauchy(x @ w, 1.0), obs=y)
+
+    with pytest.raises(ValueError, match="y must have a mean, but 12 of 12 are NaN"):
+        predict(heavy, posterior, x, y)
     only = predict(line, posterior, x, y, draws=1)
     assert math.isnan(only.log_density.se)
 

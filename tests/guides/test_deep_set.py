@@ -149,6 +149,42 @@ def test_trained_on_many_tasks_it_knows_the_exact_posterior_of_new_ones() -> Non
     assert bool(((got - found[0, :, 0]).abs() < 5 * error).all())
 
 
+@pytest.mark.parametrize("likelihood", [Classes(3), Counts()])
+@pytest.mark.parametrize("example", [torch.int64, torch.float64])
+def test_codes_and_counts_are_read_alike_whatever_their_type(
+    likelihood: Any, example: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(4, 6, 3), torch.randint(3, (4, 6))
+    tasks = Tasks(BayesianNeuralNetwork(3, hidden=(4,), likelihood=likelihood))
+    guide = DeepSet(tasks, hidden=(4,), example=(x, y.to(example)))
+    want = guide.q("0.bias", x, y).mean
+    for dtype in (torch.int32, torch.uint8, torch.float64):
+        assert_close(guide.q("0.bias", x, y.to(dtype)).mean, want)
+        fit(tasks, guide, (x, y.to(dtype)), steps=1, lr=1e-9, progress=False)
+    # Codes have no order: of two that follow each other the features differ as of any.
+    inputs: Any = guide.encoder
+    assert inputs.each[0].in_features == (6 if isinstance(likelihood, Classes) else 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_nuts_takes_task_by_task(dtype: torch.dtype) -> None:
+    single = BayesianNeuralNetwork(3, hidden=(), likelihood=Homoscedastic(NOISE))
+    x, y = drawn(single, count=3, rows=8)
+    single = single.to(dtype)
+    chains = sample(
+        Tasks(single), x.to(dtype), y.to(dtype), rows=True, chains=2, draws=200, warmup=100, seed=0,
+        progress=False,
+    )  # fmt: skip
+    for task in range(3):
+        one = torch.cat([x[task].double(), torch.ones(8, 1).double()], -1)
+        precision = torch.eye(4).double() + one.mT @ one / NOISE**2
+        want = torch.linalg.solve(precision, one.mT @ y[task].double() / NOISE**2)
+        got = torch.cat([chains["0.weight"][:, :, task, 0], chains["0.bias"][:, :, task]], -1)
+        error = torch.linalg.inv(precision).diagonal().sqrt() / 100**0.5
+        assert bool(((got.double().mean((0, 1)) - want).abs() < 5 * error).all())
+
+
 def test_what_does_not_fit_is_refused() -> None:
     single = BayesianNeuralNetwork(3, hidden=(4,))
     x, y = drawn(single)
@@ -163,6 +199,8 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match="Pass one: example="):
         DeepSet(Tasks(single))
     guide = DeepSet(Tasks(single), hidden=(4,), example=(x, y))
+    with pytest.raises(ValueError, match=r"both x and y, but got x alone.*guide\.given\(x, y\)"):
+        predict(Tasks(single), guide, x)
     with pytest.raises(ValueError, match="same number of rows, got x: 6, y: 5"):
         guide.given(x[0], y[0, :5])
     with pytest.raises(ValueError, match=r"Tasks: x must have shape"):

@@ -345,6 +345,15 @@ class Mixing(nn.Module):
         return self.layer(x.reshape(-1, 1)).reshape(len(x), -1)[:, :1]
 
 
+class Reading(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.layer(x) @ self.layer.weight)[:, :1]
+
+
 def test_what_does_not_fit_is_refused() -> None:
     x, y = data()
     model = BayesianNeuralNetwork(3, hidden=(4,))
@@ -360,6 +369,11 @@ def test_what_does_not_fit_is_refused() -> None:
         (None, scale_mixture(), r"'0': the prior of '0.weight' is no independent normal"),
         (Twice(), normal(), "'layer': it runs 2 times for a row, not once"),
         (Mixing(), normal(), "'layer': what it is given has no row for each row of the data"),
+        (
+            Reading(),
+            normal(),
+            r"without weights of the layers \['layer'\] .*calling the layers alone",
+        ),
     ):
         other = BayesianNeuralNetwork(3, net=net, prior=prior)
         with pytest.raises(ValueError, match=said):

@@ -92,7 +92,9 @@ def test_a_negative_minimum_is_refused(value: float) -> None:
 
 @pytest.mark.parametrize("classes", [1, 0])
 def test_a_single_class_is_refused(classes: int) -> None:
-    with pytest.raises(ValueError, match=f"Categorical: classes must be at least 2, got {classes}"):
+    with pytest.raises(
+        ValueError, match=f"Categorical: classes must be an integer >= 2, got {classes}"
+    ):
         Categorical(classes)
 
 

@@ -207,6 +207,22 @@ def test_priors_that_do_not_fit_are_refused() -> None:
         bayesian(net, lambda name, w: dist.Normal(torch.zeros(5), 1.0).to_event(1))
     with pytest.raises(ValueError, match=r"no parameter of Linear got a prior.*'weight', 'bias'"):
         bayesian(net, lambda name, w: None)
-    for scale in (0.0, -1.0, float("nan")):
-        with pytest.raises(ValueError, match="normal: scale must be > 0, got"):
+    for prior in (1.0, "normal", normal, torch.distributions.Normal(0.0, 1.0)):
+        with pytest.raises(
+            ValueError, match="prior: it must be a distribution of Pyro.* or a func"
+        ):
+            bayesian(net, prior)
+    for prior in (
+        dist.Normal(torch.zeros(3), 1.0),
+        dist.MultivariateNormal(torch.zeros(2), torch.eye(2)),
+        dist.Bernoulli(0.5),
+    ):
+        with pytest.raises(ValueError, match="prior: a distribution must be of one real number"):
+            bayesian(net, prior)
+    with pytest.raises(
+        ValueError, match=r"prior of 'weight' must be a distribution or None, got 1"
+    ):
+        bayesian(net, lambda name, w: 1.0)
+    for scale in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="normal: scale must be > 0 and finite, got"):
             normal(scale)

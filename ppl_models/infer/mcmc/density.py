@@ -466,6 +466,11 @@ class Density:
         self._batch, self.targets = tuple(value[:count] for value in whole), count
         try:
             values = self.constrain(self._points(count).T[None])
+            if self.double:  # as the data are, which a layer may multiply them by
+                values = {
+                    name: value.double() if value.is_floating_point() else value
+                    for name, value in values.items()
+                }
             axes = {part.name: part.axis for part in self._parts.values()}
             together = self._joint({name: value[0] for name, value in values.items()}, self._batch)
             apart = [
