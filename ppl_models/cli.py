@@ -910,15 +910,29 @@ def _response(data: Dataset, counts: bool) -> tuple[Likelihood, Tensor, Tensor]:
     y, y_test = data.y, data.y_test
     if data.classes is None:
         if counts:
-            raise ValueError("--counts: the target must be whole numbers, but it is continuous.")
+            raise ValueError(
+                "--counts: the target must be whole numbers, but it is continuous. Write them without "
+                "a decimal point, 3 in place of 3.0."
+            )
+        if len(y) > 1 and bool((y == y[0]).all()):
+            raise ValueError(_same(len(y), y[0].item() + (data.y_loc or 0.0)))
         return Homoscedastic(), y, y_test
     if not counts:
+        if data.classes < 2:
+            raise ValueError(_same(len(y), data.labels[0] if data.labels else 0))
         return Classes(data.classes), y, y_test
     values = data.labels or tuple(range(data.classes))
     if not all(isinstance(value, int) for value in values):
         raise ValueError(f"--counts: the target must be whole numbers, got {list(values[:3])}.")
     numbers = torch.tensor(values, dtype=torch.float32)
     return Counts(), numbers[y.long()], numbers[y_test.long()]
+
+
+def _same(rows: int, value: Any) -> str:
+    return (
+        f"predict: the target must vary, but all {rows} training rows have {value!r}. Is it the right "
+        "column?"
+    )
 
 
 def _kind_of(likelihood: Likelihood) -> str:

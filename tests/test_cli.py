@@ -174,7 +174,19 @@ def test_compare_writes_a_table_and_a_page_and_reproduces_by_its_seed(tmp_path) 
         (["predict", "--family", "fall"], "there is no family 'fall'. Did you mean 'full'?"),
         (
             ["predict", "--data", "wine.csv", "--target", "hue", "--counts"],
-            "--counts: the target must be whole numbers, but it is continuous.",
+            "--counts: the target must be whole numbers, but it is continuous. Write them without",
+        ),
+        (
+            ["predict", "--data", "same.csv", "--target", "number"],
+            "predict: the target must vary, but all 10 training rows have 5.5. Is it the right colum",
+        ),
+        (
+            ["predict", "--data", "same.csv", "--target", "word"],
+            "predict: the target must vary, but all 10 training rows have 'red'. Is it the right col",
+        ),
+        (
+            ["predict", "--data", "header.csv", "--target", "number"],
+            "dataset: at least 2 rows are needed, one to train and one to test",
         ),
     ],
 )
@@ -183,6 +195,11 @@ def test_what_a_user_gets_wrong_is_told_in_one_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     load_wine(as_frame=True).data.to_csv("wine.csv", index=False)
+    same = pd.DataFrame({"x": range(12), "number": 5.5})
+    if "word" in words:
+        same = same.assign(word="red")
+    same.to_csv("same.csv", index=False)
+    same[:0].to_csv("header.csv", index=False)
     lines = [line for line in fails(*words) if " on digits" not in line]
     assert len(lines) == 1
     assert lines[0].startswith(f"ppl-models: {said}")

@@ -179,7 +179,7 @@ def _from_frame(frame: pd.DataFrame, y: Any) -> _Rows:
     _check_index(frame, y)
     kinds = {name: dtype.kind for name, dtype in frame.dtypes.items()}
     text = [repr(name) for name, kind in kinds.items() if kind not in "iufb"]
-    if text:
+    if text and len(frame):  # without rows, columns are of no type
         raise ValueError(
             f"dataset: all columns must be numbers, but {', '.join(text[:5])} "
             f"{'is' if len(text) == 1 else 'are'} not. Drop them, or encode them, as "
@@ -455,7 +455,7 @@ def _target(y: Any, rows: int) -> tuple[np.ndarray | None, tuple[str | int, ...]
         warnings.warn(
             f"dataset: y holds whole numbers, which are classes, and {len(labels)} of them in "
             f"{rows} rows. If they are a quantity, pass floats, which are a continuous target: "
-            "y.astype(float).",
+            "y.astype(float), or 3.0 in place of 3 in a file.",
             stacklevel=3,
         )
     code = {label: i for i, label in enumerate(labels)}
