@@ -586,9 +586,11 @@ def _store_repeated(graph: GraphModule) -> None:
             if source in costly and source.meta["val"].numel() * REPEATED <= value.numel():
                 store(source)
                 costly.discard(source)
-        if name in CALLS and len(node.users) > 1:
+        is_power = name == "pow" and node.args[1] in (1, 2, 3)  # which are multiplications
+        is_call = name in CALLS and not is_power
+        if is_call and len(node.users) > 1:
             store(node)
-        elif name in CALLS | DIVIDES or any(source in costly for source in node.all_input_nodes):
+        elif is_call or name in DIVIDES or any(source in costly for source in node.all_input_nodes):
             costly.add(node)
     graph.recompile()
 

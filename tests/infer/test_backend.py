@@ -76,6 +76,17 @@ def test_an_activation_is_computed_once() -> None:
     assert_close(graph(x), function(x))
 
 
+def test_a_square_is_not_worth_its_memory() -> None:
+    def function(x: Tensor) -> Tensor:
+        square = x**2
+        return square.sum() + (1 - square).prod()
+
+    graph = graph_of(function, torch.randn(20, 5))
+    backend._store_repeated(graph)
+    assert shapes(graph, "pow") == [(20, 5)]
+    assert shapes(graph, "stored") == []
+
+
 def test_tanh_is_right_to_a_few_roundings() -> None:
     near, far = torch.logspace(-300, 0, 20_001), torch.linspace(0.0, 60.0, 20_001)
     x = torch.cat([near, far, torch.tensor([torch.inf, 5e-324, 0.0])])
