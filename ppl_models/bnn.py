@@ -39,15 +39,16 @@ class BayesianNeuralNetwork(NamedModule):
         likelihood: Distribution of ``y`` given the network's outputs: see
             `ppl_models.parts.likelihoods`. By default `Homoscedastic()`, a normal with a scale that
             is inferred. Or a function of your own, from outputs of shape ``(*batch, rows, M)`` to a
-            distribution with batch shape ``(*batch, rows)``; an event makes ``y`` as wide.
+            distribution with batch shape ``(*batch, rows)``; an event makes ``y`` as wide. The tanh
+            network puts out M = 1, or as many as its attribute ``size`` says.
         prior: Of the parameters: a distribution, or a function of name and value, which leaves
             those a parameter for which it returns None; see `ppl_models.bayesian`.
         net: Any network that maps ``(rows, *data_dim)`` to ``(rows, likelihood.size)``, in place of
             the tanh network; with a likelihood of your own, to as much as that takes. It is copied.
 
     Raises:
-        ValueError: If a size is not positive, or the network has no parameters, has batch norm, or
-            puts out another count.
+        ValueError: If a size is not positive, or the network has no parameters, has batch norm,
+            names a parameter as the model names a site, or puts out another count.
 
     Source:
         Neal (1996), chapter 1. https://doi.org/10.1007/978-1-4612-0745-0
@@ -91,6 +92,12 @@ class BayesianNeuralNetwork(NamedModule):
             check_network("BayesianNeuralNetwork: net", net, shape, outputs, of)
         prior = normal() if prior is None else prior
         self.net = bayesian(net, prior, event_dim=len(shape))
+        taken = {"y", "data", *getattr(self.observation, "latents", dict)()}
+        if clash := sorted(taken & set(self.net.starts())):
+            raise ValueError(
+                f"BayesianNeuralNetwork: parameters {clash} of net have names that the model needs "
+                "for itself. Rename them."
+            )
 
     def forward(
         self, x: Float[Tensor, "N *event"], y: Tensor | None = None

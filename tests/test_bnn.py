@@ -123,6 +123,7 @@ def test_the_density_is_the_joint_written_out(name: str) -> None:
 def test_the_mixture_and_the_hierarchy_are_the_priors_of_their_formulas() -> None:
     n = scipy.stats.norm
     y = torch.zeros(5)
+    assert scale_mixture() == scale_mixture(0.5, 1.0, math.exp(-6.0))  # of the paper
     for prior in (scale_mixture(0.25, 1.5, 0.1), hierarchical(0.8)):
         model = BayesianNeuralNetwork(2, hidden=(4,), likelihood=Homoscedastic(0.3), prior=prior)
         got, values = traced(model, X, y)
@@ -319,6 +320,12 @@ def test_networks_that_cannot_serve_are_refused() -> None:
     for net in (nn.Linear, lambda x: x):
         with pytest.raises(ValueError, match=r"net must be an instance of torch\.nn\.Module"):
             make(2, net=net)
+    for name in ("y", "data", "noise_scale"):
+        net = nn.Linear(2, 1)
+        net.register_parameter(name, nn.Parameter(torch.zeros(1)))
+        with pytest.raises(ValueError, match=rf"parameters \['{name}'\] of net have names"):
+            make(2, net=net)
+    assert make(2, net=net, likelihood=Homoscedastic(0.1)).net.starts().keys() >= {"noise_scale"}
     for likelihood in (Counts, dist.Normal(0.0, 1.0), "normal", 0.1):
         with pytest.raises(ValueError, match=r"likelihood must be one of ppl_models\.parts"):
             make(2, likelihood=likelihood)

@@ -574,6 +574,8 @@ def test_predict_tells_in_units_of_the_file_what_the_library_predicts(tmp_path) 
     square = ((table.predicted - table.true) ** 2).mean()
     assert told["rmse"] == pytest.approx(square**0.5, rel=1e-5)
     assert told["epistemic"] == pytest.approx(table.epistemic.mean())
+    assert told["aleatoric"] == pytest.approx(table.aleatoric.mean())
+    assert told["aleatoric"] == pytest.approx(found.aleatoric.mean().item() * rows.y_scale)
     assert (tmp_path / "out" / "calibration.png").stat().st_size > 1000
 
 

@@ -92,6 +92,9 @@ def test_errors_of_the_density_are_as_large_as_it_varies() -> None:
         ratio = values.std(0) / errors.square().mean(0).sqrt()
         # Relative error of a scale from 200 values: 1 / sqrt(400); and of the errors themselves.
         assert bool(((ratio - 1).abs() < 5 / 400**0.5).all())
+    # The log of a mean is too low by half its variance.
+    for one in found[:3]:
+        assert one.bias == pytest.approx(-one.rows_se.square().mean().item() / 2.0)
 
 
 def test_rows_that_are_the_same_err_together() -> None:
@@ -200,6 +203,21 @@ def test_levels_are_uniform_where_the_model_is_true() -> None:
     assert scipy.stats.kstest(levels, "uniform").pvalue > 1e-4
     edges = [2 * abs(level - 0.5) for level in levels]  # neither too wide nor too narrow
     assert scipy.stats.kstest(edges, "uniform").pvalue > 1e-4
+
+
+def test_levels_are_uniform_even_with_one_draw() -> None:
+    x, y = torch.ones(400, 2), NOISE * torch.randn(400)
+    found = predict(line, Posterior({"w": torch.zeros(1, 1, 2)}), x, y, draws=1, seed=0)
+    assert found.levels is not None
+    assert scipy.stats.kstest(found.levels.numpy(), "uniform").pvalue > 1e-4
+
+
+def test_a_large_mean_leaves_the_scale_what_it_is() -> None:
+    w = torch.randn(1, 50, 2)
+    w[..., 0] += 1e8
+    x = torch.tensor([[1.0, 0.0], [1.0, 1.0]])
+    found = predict(line, Posterior({"w": w}), x, seed=0)
+    assert_close(found.epistemic, (w[0] @ x.T).std(0), rtol=1e-6, atol=0.0)
 
 
 def test_levels_of_counts_are_spread_over_ties() -> None:

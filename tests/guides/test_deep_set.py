@@ -79,6 +79,13 @@ def test_the_order_of_rows_does_not_matter_and_their_number_does(case: str) -> N
         twice = guide.parameters_of(site, torch.cat([x, x], 1), torch.cat([y, y], 1))
         assert bool((paired != numbers).all())
         assert bool((twice != numbers).all())
+    # All else is a mean: where the number is not looked at, each row twice makes no difference.
+    reader: Any = guide.encoder
+    with torch.no_grad():
+        reader.all[0].weight[:, -1] = 0.0
+    for site in guide.local_sites():
+        twice = guide.parameters_of(site, torch.cat([x, x], 1), torch.cat([y, y], 1))
+        assert_close(twice, guide.parameters_of(site, x, y))
 
 
 @pytest.mark.parametrize("family", [None, families.FullNormal(), "flow"])
