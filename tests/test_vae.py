@@ -119,5 +119,5 @@ def test_sizes_must_be_positive(sizes: tuple) -> None:
 def test_likelihoods_refuse_parameters_without_a_meaning() -> None:
     with pytest.raises(ValueError, match="min_scale must be >= 0, got -1"):
         Gaussian(min_scale=-1.0)
-    with pytest.raises(ValueError, match="classes must be at least 2, got 1"):
+    with pytest.raises(ValueError, match="classes must be an integer >= 2, got 1"):
         Categorical(1)
