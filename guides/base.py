@@ -22,7 +22,7 @@ from guides.conditionals import (
 )
 from guides.families import Family
 from ppl_models.core.batch import as_batch
-from ppl_models.core.checks import check_known
+from ppl_models.core.checks import check_known, check_positive
 from ppl_models.core.module import NamedModule
 from ppl_models.core.sites import (
     Site,
@@ -152,8 +152,8 @@ class SiteGuide(NamedModule):
                 or `scale` is not positive.
         """
         kind = type(self).__name__
-        if not scale > 0.0:
-            raise ValueError(f"{kind}: scale must be > 0, got {scale}.")
+        check_positive(kind, "scale", scale)
+        check_values(f"{kind}: start_around", values)
         normals = (DiagonalNormal, LowRankCovariance, FullCovariance)
         found = {}
         for name, value in values.items():
@@ -215,6 +215,15 @@ class SiteGuide(NamedModule):
         value = value.movedim(about.data_dim - events, -dims - events)
         return (
             value.flatten(value.ndim - dims - events + 1) if dims + events > 1 else value[..., None]
+        )
+
+
+def check_values(caller: str, values: Any) -> None:
+    """Refuse what is no mapping from names of sites to tensors."""
+    if not isinstance(values, Mapping) or not all(isinstance(v, Tensor) for v in values.values()):
+        raise ValueError(
+            f"{caller} takes a dict with a tensor for each site, such as bayesian(net).starts(), got "
+            f"{values if isinstance(values, Mapping) else type(values).__name__}."
         )
 
 

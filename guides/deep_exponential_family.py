@@ -14,8 +14,10 @@ from guides import families
 from guides.amortized import Amortized
 from guides.base import SiteGuide, key
 from guides.local import Local
-from ppl_models.core.batch import as_batch
+from ppl_models.core.batch import as_batch, check_model
+from ppl_models.core.checks import check_count, checked_sizes
 from ppl_models.core.random import seeded
+from ppl_models.core.sites import describe_program
 from ppl_models.deep_exponential_family import DeepExponentialFamily
 from ppl_models.parts.nn import mlp
 
@@ -31,6 +33,9 @@ class LogCounts(nn.Module):
         data_dim: Columns of the counts, or elements of a row.
         hidden: Units of each tanh layer, at least one.
 
+    Raises:
+        ValueError: If these are no positive integers.
+
     Example:
         >>> LogCounts(6, (8,))(torch.ones(5, 6)).shape
         torch.Size([5, 8])
@@ -38,12 +43,9 @@ class LogCounts(nn.Module):
 
     def __init__(self, data_dim: int, hidden: Sequence[int] = (200,)) -> None:
         super().__init__()
-        if not hidden or min(data_dim, *hidden) < 1:
-            raise ValueError(
-                "LogCounts: data_dim and hidden must be positive, with at least one layer; got "
-                f"{data_dim=}, hidden={tuple(hidden)}."
-            )
-        self._sizes = data_dim, tuple(hidden)
+        check_count("LogCounts", "data_dim", data_dim)
+        hidden = checked_sizes("LogCounts", "hidden", hidden, least=1)
+        self._sizes = data_dim, hidden
         self.net = mlp(data_dim, hidden)
 
     def arguments(self) -> dict[str, Any]:
@@ -78,8 +80,8 @@ def start_near(
         The guide.
 
     Raises:
-        ValueError: If the guide is not for such a model, a gamma site has another family, or `spread`
-            is not in (0, 1].
+        ValueError: If the guide is not for such a model, a gamma site has another family, `spread` is
+            not in (0, 1], or the data are not what the model describes.
 
     Example:
         >>> model = DeepExponentialFamily(data_dim=6, latent_dims=(3, 2))
@@ -89,11 +91,12 @@ def start_near(
         >>> bool(((z @ w / x).log().abs() < 1.0).all())
         True
     """
-    model = guide._model[0]
+    model = guide._model[0] if isinstance(guide, SiteGuide) else None
     if not isinstance(model, DeepExponentialFamily) or not isinstance(guide, Local | Amortized):
         raise ValueError(
             "start_near: a guides.Local or guides.Amortized of a DeepExponentialFamily is required, "
-            f"got {type(guide).__name__} of {type(model).__name__}."
+            f"got {describe_program(guide)}"
+            f"{'' if model is None else f' of {describe_program(model)}'}."
         )
     if not 0.0 < spread <= 1.0:
         raise ValueError(f"start_near: spread must be in (0, 1], got {spread}.")
@@ -106,6 +109,7 @@ def start_near(
                 f"{guide.families[name].name}. Leave it at its own start."
             )
     (batch,) = as_batch(x, model, guide)
+    check_model(model, (batch,), plate=guide.plate, rows=len(batch))
     columns = batch.mean(0)
     if model.families[0] == "poisson":  # words that no document has
         mean = columns.mean()

@@ -15,6 +15,7 @@ from guides.base import Families, key
 from guides.local import Local
 from ppl_models.bnn import Tasks
 from ppl_models.core.batch import as_batch, check_model
+from ppl_models.core.checks import checked_sizes
 from ppl_models.core.sites import example_batch
 from ppl_models.parts.likelihoods import Classes
 from ppl_models.parts.nn import mlp
@@ -40,7 +41,7 @@ class DeepSet(Amortized):
         plate: Name of the plate over tasks.
 
     Raises:
-        ValueError: If the model is another one, `hidden` is empty, or there is no example.
+        ValueError: If the model is another one, `hidden` no positive integers, or there is no example.
 
     Source:
         Zaheer, Kottur, Ravanbakhsh, Poczos, Salakhutdinov & Smola (2017).
@@ -69,10 +70,7 @@ class DeepSet(Amortized):
                 "DeepSet: model must be Tasks(...), whose rows are whole data sets, got "
                 f"{type(model).__name__}. Use Tasks(model), or Amortized."
             )
-        if not hidden:
-            raise ValueError(
-                "DeepSet: hidden must name the units of one tanh layer or more, got ()."
-            )
+        hidden = checked_sizes("DeepSet", "hidden", hidden, least=1)
         x, y = as_batch(example_batch(model, example), model)
         likelihood = model.single.observation
         classes = likelihood.classes if isinstance(likelihood, Classes) else 0

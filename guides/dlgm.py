@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from guides.amortized import Amortized
 from guides.base import key
 from guides.families import Normal
+from ppl_models.core.checks import checked_sizes
 from ppl_models.dlgm import DeepLatentGaussian
 from ppl_models.parts.nn import mlp
 
@@ -39,7 +40,7 @@ class Ladder(Amortized):
         plate: Name of the plate over rows.
 
     Raises:
-        ValueError: If the model is another one.
+        ValueError: If the model is another one, or `hidden` no positive integers, one or more.
 
     Source:
         Sønderby, Raiko, Maaløe, Sønderby & Winther (2016). https://arxiv.org/abs/1602.02282
@@ -65,10 +66,7 @@ class Ladder(Amortized):
                 "Ladder: model must be a DeepLatentGaussian, whose layers have normal priors, got "
                 f"{type(model).__name__}. Use Amortized."
             )
-        if not hidden:
-            raise ValueError(
-                "Ladder: hidden must name the units of one tanh layer or more, got ()."
-            )
+        hidden = checked_sizes("Ladder", "hidden", hidden, least=1)
         super().__init__(
             model, hidden=hidden, family=Normal(), mean_field=True, example=example, plate=plate
         )

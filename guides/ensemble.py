@@ -13,11 +13,11 @@ from pyro.poutine.runtime import get_plates
 from torch import Tensor, nn
 from torch.distributions import biject_to
 
-from guides.base import SiteGuide, key
+from guides.base import SiteGuide, check_values, key
 from guides.conditionals import Bijected, Conditional, moved
 from guides.families import Family
 from ppl_models.core.batch import as_batch
-from ppl_models.core.checks import check_count, check_known
+from ppl_models.core.checks import check_count, check_known, check_positive
 from ppl_models.core.modes import evaluating
 from ppl_models.core.sites import Site, describe
 from ppl_models.core.store import own_parameters, scratch_store
@@ -140,6 +140,7 @@ class Ensemble(SiteGuide):
             )
         found = []
         for member, values in enumerate(members):
+            check_values("Ensemble: start_at, or start_around,", values)
             for name, value in values.items():
                 check_known("latent", name, self._sites)
                 want = self._sites[name].value.shape
@@ -161,10 +162,9 @@ class Ensemble(SiteGuide):
             scale: Standard deviation.
 
         Raises:
-            ValueError: As `start_at`, or if `scale` is not positive.
+            ValueError: As `start_at`, or if `scale` is not positive and finite.
         """
-        if not scale > 0.0:
-            raise ValueError(f"Ensemble: scale must be > 0, got {scale}.")
+        check_positive("Ensemble", "scale", scale)
         self.start_at([values] * self.size)
         with torch.no_grad():
             for name in values:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from numbers import Integral
 from typing import Any
 
 import pyro
@@ -12,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ppl_models.core.checks import checked_sizes
 from ppl_models.core.module import NamedModule
 from ppl_models.core.types import Distribution
 from ppl_models.parts.likelihoods import Homoscedastic, Likelihood
@@ -73,12 +73,13 @@ class BayesianNeuralNetwork(NamedModule):
         net: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        shape, units = _sizes(data_dim), None if isinstance(hidden, Integral) else _sizes(hidden)
-        if not shape or units is None or (net is None and len(shape) > 1):
+        kind = type(self).__name__
+        shape = checked_sizes(kind, "data_dim", data_dim, least=1, alone=True)
+        units = checked_sizes(kind, "hidden", hidden)
+        if net is None and len(shape) > 1:
             raise ValueError(
-                "BayesianNeuralNetwork: data_dim and hidden must be positive integers, hidden a "
-                "sequence of them, such as (50,), and the tanh network takes one number for data_dim "
-                f"(pass net= for others), got {data_dim=}, {hidden=}."
+                f"{kind}: the tanh network takes one number for data_dim, got {data_dim}. Pass net= "
+                "for others."
             )
         _check_likelihood(likelihood)
         self.data_shape = shape
@@ -207,14 +208,6 @@ class Tasks(NamedModule):
 def _by_task(site: str, prior: Distribution) -> Tensor:
     """Draw a value for each task, with a dimension for the rows of the task."""
     return pyro.sample(site, prior).unsqueeze(-1 - prior.event_dim)
-
-
-def _sizes(value: Any) -> tuple[int, ...] | None:
-    """Return one positive integer, or a sequence of them, as a tuple; None if it is no such thing."""
-    values = tuple(value) if isinstance(value, Sequence) else (value,)
-    if not all(isinstance(one, Integral) and not isinstance(one, bool) for one in values):
-        return None
-    return tuple(int(one) for one in values) if all(one > 0 for one in values) else None
 
 
 def _check_likelihood(likelihood: Any) -> None:

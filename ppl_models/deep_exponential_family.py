@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ppl_models.core.checks import check_count, check_known
+from ppl_models.core.checks import check_count, check_known, check_positive, checked_sizes
 from ppl_models.core.module import NamedModule
 from ppl_models.core.types import Distribution
 from ppl_models.parts.rows import plate_size
@@ -55,8 +55,8 @@ class DeepExponentialFamily(NamedModule):
         weight_scale: Standard deviation of normal weights, around 0.
 
     Raises:
-        ValueError: If a dimension or a scale is not positive, there is no layer, or a name of a
-            family is unknown.
+        ValueError: If a dimension is no positive integer, a shape, rate or scale not positive and
+            finite, there is no layer, or a name of a family is unknown.
 
     Source:
         Ranganath, Tang, Charlin & Blei (2015). https://arxiv.org/abs/1411.2581
@@ -83,8 +83,15 @@ class DeepExponentialFamily(NamedModule):
         weight_scale: float = 1.0,
     ) -> None:
         super().__init__()
+        kind = type(self).__name__
+        check_count(kind, "data_dim", data_dim)
+        latent_dims = checked_sizes(kind, "latent_dims", latent_dims, least=1)
         families = (family,) * len(latent_dims) if isinstance(family, str) else tuple(family)
-        _check_sizes(data_dim, latent_dims, families)
+        if len(families) != len(latent_dims):
+            raise ValueError(
+                f"{kind}: family must be one name, or one for each of the {len(latent_dims)} layers, "
+                f"from the data upwards; got {families}."
+            )
         for name in families:
             check_known("family of a layer", name, LAYERS)
         check_known("observation", observation, OBSERVATIONS)
@@ -95,10 +102,9 @@ class DeepExponentialFamily(NamedModule):
             "weight_scale": weight_scale,
         }
         for name, value in positive.items():
-            if not value > 0.0:
-                raise ValueError(f"DeepExponentialFamily: {name} must be > 0, got {value}.")
+            check_positive(kind, name, value)
         self.data_dim = data_dim
-        self.latent_dims = tuple(latent_dims)
+        self.latent_dims = latent_dims
         self.families = (observation, *families)  # of each level; level 0 is the data
         self.latent_weights = latent_weights
         self.shape = shape
@@ -196,10 +202,15 @@ class DeepExponentialFamily(NamedModule):
                 where they are parameters.
 
         Raises:
-            ValueError: If there is not one word a column, fewer than `n` of them, weights have another
-                shape, or they are needed and were not given.
+            ValueError: If there is not one word a column, fewer than `n` of them, or weights have
+                another shape, are not finite, or are needed and were not given.
         """
         check_count("top_words", "n", n)
+        if isinstance(vocabulary, Mapping | set):
+            raise ValueError(
+                "top_words: vocabulary must be a sequence of words in the order of the columns, got a "
+                f"{type(vocabulary).__name__}."
+            )
         if len(vocabulary) != self.data_dim:
             raise ValueError(
                 f"top_words: vocabulary must have a word for each of the {self.data_dim} columns, got "
@@ -214,12 +225,18 @@ class DeepExponentialFamily(NamedModule):
                     "as their posterior means, weights=guide.q('w0').mean."
                 )
             weights = self.weights(0)
+        weights = torch.as_tensor(weights).detach()
         want = (self.latent_dims[0], self.data_dim)
         if weights.shape != want:
             raise ValueError(
                 f"top_words: weights must have shape {want}, got {tuple(weights.shape)}."
             )
-        best = weights.detach().topk(n).indices
+        if not weights.isfinite().all():
+            raise ValueError(
+                f"top_words: weights must be finite, got {int((~weights.isfinite()).sum())} numbers "
+                "that are not."
+            )
+        best = weights.topk(n).indices
         return [[vocabulary[int(place)] for place in row] for row in best]
 
     def _layer(self, level: int, parameter: Tensor) -> Distribution:
@@ -264,16 +281,3 @@ def _floored(mean: Tensor, shape: float = 1.0) -> Tensor:
     The least is that of normal numbers, or what `shape / mean` does not overflow at.
     """
     return mean.clamp(min=torch.finfo(mean.dtype).tiny * max(1.0, shape))
-
-
-def _check_sizes(data_dim: int, latent_dims: Sequence[int], families: Sequence[str]) -> None:
-    if not latent_dims or min(data_dim, *latent_dims) < 1:
-        raise ValueError(
-            "DeepExponentialFamily: data_dim and latent_dims must be positive, with at least one "
-            f"layer of latents; got {data_dim=}, latent_dims={tuple(latent_dims)}."
-        )
-    if len(families) != len(latent_dims):
-        raise ValueError(
-            f"DeepExponentialFamily: family must be one name, or one for each of the "
-            f"{len(latent_dims)} layers, from the data upwards; got {families}."
-        )

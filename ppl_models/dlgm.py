@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ppl_models.core.checks import check_known
+from ppl_models.core.checks import check_count, check_known, check_positive, checked_sizes
 from ppl_models.core.module import NamedModule
 from ppl_models.core.types import Distribution
 from ppl_models.parts.likelihoods import Bernoulli, Likelihood
@@ -52,8 +52,8 @@ class DeepLatentGaussian(NamedModule):
         bias: Whether the functions add constants.
 
     Raises:
-        ValueError: If a dimension or scale is not positive, there is no layer, or both a likelihood
-            and a noise scale.
+        ValueError: If a dimension is no positive integer, a scale not positive and finite, there is
+            no layer, or both a likelihood and a noise scale.
 
     Source:
         Rezende, Mohamed & Wierstra (2014), https://arxiv.org/abs/1401.4082; the noise of a layer is
@@ -79,20 +79,20 @@ class DeepLatentGaussian(NamedModule):
         bias: bool = True,
     ) -> None:
         super().__init__()
-        if not latent_dims or min(data_dim, *latent_dims, *hidden) < 1:
-            raise ValueError(
-                "DeepLatentGaussian: data_dim, latent_dims and hidden must be positive, with at least "
-                f"one layer of latents; got {data_dim=}, latent_dims={tuple(latent_dims)}, "
-                f"hidden={tuple(hidden)}."
-            )
-        if noise_scale is not None and (likelihood is not None or not noise_scale > 0.0):
-            raise ValueError(
-                "DeepLatentGaussian: noise_scale must be positive, and takes the place of a "
-                f"likelihood; got {noise_scale=}, {likelihood=}."
-            )
+        kind = type(self).__name__
+        check_count(kind, "data_dim", data_dim)
+        latent_dims = checked_sizes(kind, "latent_dims", latent_dims, least=1)
+        hidden = checked_sizes(kind, "hidden", hidden)
+        if noise_scale is not None:
+            check_positive(kind, "noise_scale", noise_scale)
+            if likelihood is not None:
+                raise ValueError(
+                    f"{kind}: noise_scale takes the place of a likelihood, so only one of them can be "
+                    f"given, got {noise_scale=}, {likelihood=}."
+                )
         check_known("activation", activation, ACTIVATIONS)
         self.data_dim = data_dim
-        self.latent_dims = tuple(latent_dims)
+        self.latent_dims = latent_dims
         self.observation = Bernoulli() if likelihood is None else likelihood
         self.log_noise_scale = None
         if noise_scale is not None:

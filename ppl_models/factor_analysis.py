@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ppl_models.core.batch import as_batch
-from ppl_models.core.checks import check_count
+from ppl_models.core.checks import check_count, check_positive
 from ppl_models.core.module import NamedModule
 from ppl_models.core.random import seeded
 from ppl_models.core.types import Distribution
@@ -144,11 +144,14 @@ class FactorAnalysis(NamedModule):
         min_scale: float = 1e-3,
     ) -> None:
         super().__init__()
-        if not 1 <= latent_dim <= data_dim:
+        check_count("FactorAnalysis", "data_dim", data_dim)
+        check_count("FactorAnalysis", "latent_dim", latent_dim)
+        if latent_dim > data_dim:
             raise ValueError(
                 f"FactorAnalysis: latent_dim must be in [1, {data_dim}], got {latent_dim}."
             )
         _check_min_scale(min_scale)
+        check_positive("FactorAnalysis", "noise_scale", noise_scale)
         if not noise_scale > min_scale:
             raise ValueError(
                 f"FactorAnalysis: noise_scale must be > min_scale={min_scale}, got {noise_scale}."
@@ -260,8 +263,7 @@ class FactorAnalysis(NamedModule):
                 f"FactorAnalysis: maximum_likelihood needs at least 2 rows, got {rows}."
             )
         _check_min_scale(min_scale)
-        if not tolerance > 0:
-            raise ValueError(f"FactorAnalysis: tolerance must be > 0, got {tolerance}.")
+        check_positive("FactorAnalysis", "tolerance", tolerance)
         check_count("FactorAnalysis", "steps", steps)
         data = x.detach().to("cpu", torch.float64)
         loc = data.mean(0)

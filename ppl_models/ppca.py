@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ppl_models.core.batch import as_batch
+from ppl_models.core.checks import check_count, check_positive
 from ppl_models.core.module import NamedModule
 from ppl_models.core.random import seeded
 from ppl_models.core.types import Distribution
@@ -49,10 +50,11 @@ class PPCA(NamedModule):
 
     def __init__(self, data_dim: int, latent_dim: int, *, noise_scale: float = 1.0) -> None:
         super().__init__()
-        if not 1 <= latent_dim <= data_dim:
+        check_count("PPCA", "data_dim", data_dim)
+        check_count("PPCA", "latent_dim", latent_dim)
+        if latent_dim > data_dim:
             raise ValueError(f"PPCA: latent_dim must be in [1, {data_dim}], got {latent_dim}.")
-        if not noise_scale > 0:
-            raise ValueError(f"PPCA: noise_scale must be > 0, got {noise_scale}.")
+        check_positive("PPCA", "noise_scale", noise_scale)
         self.data_dim = data_dim
         self.latent_dim = latent_dim
         self.loading = nn.Parameter(torch.randn(data_dim, latent_dim) / math.sqrt(latent_dim))

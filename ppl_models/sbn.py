@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ppl_models.core.checks import check_count, checked_sizes
 from ppl_models.core.module import NamedModule
 from ppl_models.core.types import Distribution
 from ppl_models.parts.nn import Network, mlp
@@ -62,14 +63,12 @@ class SigmoidBeliefNetwork(NamedModule):
         hidden: Sequence[int] = (),
     ) -> None:
         super().__init__()
-        if not latent_dims or min(data_dim, *latent_dims, *hidden) < 1:
-            raise ValueError(
-                "SigmoidBeliefNetwork: data_dim, latent_dims and hidden must be positive, with at "
-                f"least one layer of latents; got {data_dim=}, latent_dims={tuple(latent_dims)}, "
-                f"hidden={tuple(hidden)}."
-            )
+        kind = type(self).__name__
+        check_count(kind, "data_dim", data_dim)
+        latent_dims = checked_sizes(kind, "latent_dims", latent_dims, least=1)
+        hidden = checked_sizes(kind, "hidden", hidden)
         self.data_dim = data_dim
-        self.latent_dims = tuple(latent_dims)
+        self.latent_dims = latent_dims
         self.top_logits = nn.Parameter(torch.zeros(latent_dims[-1]))
         sizes = (data_dim, *latent_dims)
         self.layers = nn.ModuleList(

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ppl_models.core.checks import check_count, checked_sizes
 from ppl_models.core.module import NamedModule
 from ppl_models.core.types import Distribution
 from ppl_models.parts.likelihoods import Bernoulli, Likelihood
@@ -39,7 +40,7 @@ class VAE(NamedModule):
             numbers for each element of the data, in place of the tanh network.
 
     Raises:
-        ValueError: If a dimension is not positive, or the decoder puts out another count.
+        ValueError: If a dimension is no positive integer, or the decoder puts out another count.
 
     Source:
         Kingma & Welling (2014). https://arxiv.org/abs/1312.6114
@@ -63,12 +64,9 @@ class VAE(NamedModule):
         decoder: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        shape = (data_dim,) if isinstance(data_dim, int) else tuple(data_dim)
-        if not shape or min(*shape, latent_dim, *hidden, 1) < 1:
-            raise ValueError(
-                "VAE: data_dim, latent_dim and hidden must be positive, got "
-                f"{data_dim=}, {latent_dim=}, hidden={tuple(hidden)}."
-            )
+        shape = checked_sizes("VAE", "data_dim", data_dim, least=1, alone=True)
+        check_count("VAE", "latent_dim", latent_dim)
+        hidden = checked_sizes("VAE", "hidden", hidden)
         self.data_shape = shape
         self.latent_dim = latent_dim
         self.observation = Bernoulli() if likelihood is None else likelihood

@@ -249,7 +249,9 @@ def test_a_guide_starts_around_the_weights_of_the_network() -> None:
     for values, scale, said in (
         ({"weight": torch.zeros(1)}, 0.1, "no latent 'weight'"),
         ({"2.bias": torch.zeros(2)}, 0.1, r"'2.bias' must have shape \(1,\), got \(2,\)"),
-        ({}, 0.0, "scale must be > 0, got 0.0"),
+        ({}, 0.0, "scale must be a finite number > 0, got 0.0"),
+        (torch.zeros(3), 0.1, "takes a dict with a tensor for each site.*got Tensor"),
+        ({"2.bias": 0.0}, 0.1, "takes a dict with a tensor for each site.*got {'2.bias': 0.0}"),
     ):
         with pytest.raises(ValueError, match=said):
             guide.start_around(values, scale=scale)
@@ -309,13 +311,14 @@ def test_networks_that_cannot_serve_are_refused() -> None:
         {"data_dim": "2"},
         {"data_dim": 2.0},
         {"data_dim": True},
-        {"data_dim": (1, 3, 3)},
         {"data_dim": 2, "hidden": (0,)},
         {"data_dim": 2, "hidden": (2.5,)},
         {"data_dim": 2, "hidden": 5},
     ):
-        with pytest.raises(ValueError, match="data_dim and hidden must be positive integers"):
+        with pytest.raises(ValueError, match="(data_dim|hidden) must be .*positive integer"):
             make(**options)
+    with pytest.raises(ValueError, match=r"takes one number for data_dim, got \(1, 3, 3\)"):
+        make((1, 3, 3))
     assert make(np.int64(2), hidden=[np.int64(3)]).data_shape == (2,)
     for net in (nn.Linear, lambda x: x):
         with pytest.raises(ValueError, match=r"net must be an instance of torch\.nn\.Module"):

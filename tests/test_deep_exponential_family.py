@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyro.distributions as dist
@@ -451,22 +451,31 @@ def test_top_words_are_those_of_the_largest_weights() -> None:
         model.top_words("abcd", 2, weights=weights.mT)
     with pytest.raises(ValueError, match=r"weights= is required.*guide\.q"):
         DeepExponentialFamily(4, (2,)).top_words("abcd", 2)
+    assert model.top_words("abcd", 1, weights=weights.tolist()) == [["b"], ["d"]]
+    weights[1, 2] = math.nan
+    with pytest.raises(ValueError, match="weights must be finite, got 1 numbers that are not"):
+        model.top_words("abcd", 2, weights=weights)
+    for vocabulary in (dict(enumerate("abcd")), set("abcd")):
+        with pytest.raises(ValueError, match="a sequence of words.* got a (dict|set)"):
+            model.top_words(cast(Any, vocabulary), 2)
 
 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"data_dim": 0}, "must be positive, with at least one layer.*data_dim=0"),
-        ({"latent_dims": ()}, "at least one layer"),
-        ({"latent_dims": (3, 0)}, r"latent_dims=\(3, 0\)"),
+        ({"data_dim": 0}, "data_dim must be an integer >= 1, got 0"),
+        ({"latent_dims": ()}, r"latent_dims must be positive integers.*one or more, got \(\)"),
+        ({"latent_dims": (3, 0)}, r"latent_dims must be positive integers.*got \(3, 0\)"),
+        ({"latent_dims": "32"}, "latent_dims must be positive integers.*got '32'"),
+        ({"latent_dims": 3}, "latent_dims must be positive integers.*got 3"),
         ({"family": ("gamma",)}, "one for each of the 2 layers, from the data upwards"),
         ({"family": "gama"}, "no family of a layer 'gama'. Did you mean 'gamma'"),
         ({"family": ("gamma", "beta")}, "no family of a layer 'beta'"),
         ({"observation": "gamma"}, "no observation 'gamma'"),
-        ({"shape": 0.0}, "shape must be > 0, got 0.0"),
-        ({"weight_shape": -1.0}, "weight_shape must be > 0"),
-        ({"weight_rate": math.nan}, "weight_rate must be > 0"),
-        ({"weight_scale": 0.0}, "weight_scale must be > 0"),
+        ({"shape": 0.0}, "shape must be a finite number > 0, got 0.0"),
+        ({"weight_shape": True}, "weight_shape must be a finite number > 0, got True"),
+        ({"weight_rate": math.nan}, "weight_rate must be a finite number > 0"),
+        ({"weight_scale": math.inf}, "weight_scale must be a finite number > 0"),
     ],
     ids=str,
 )

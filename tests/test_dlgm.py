@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import Any, cast
 
 import numpy as np
 import pyro
@@ -184,8 +185,11 @@ def test_a_ladder_holds_the_posterior_of_a_chain_of_units() -> None:
 def test_a_ladder_says_what_it_needs() -> None:
     with pytest.raises(ValueError, match="must be a DeepLatentGaussian.*Amortized"):
         Ladder(PPCA(data_dim=3, latent_dim=1))  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ValueError, match="one tanh layer"):
-        Ladder(DeepLatentGaussian(4, (2,)), hidden=())
+    for hidden in ((), 8, (8.0,)):
+        with pytest.raises(
+            ValueError, match="Ladder: hidden must be positive integers.*one or more"
+        ):
+            Ladder(DeepLatentGaussian(4, (2,)), hidden=cast(Any, hidden))
 
 
 def test_training_raises_the_evidence_to_that_of_the_closed_form() -> None:
@@ -204,9 +208,15 @@ def test_training_raises_the_evidence_to_that_of_the_closed_form() -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"data_dim": 0}, "positive"),
-        ({"latent_dims": ()}, "at least one layer"),
-        ({"noise_scale": -1.0}, "noise_scale must be positive"),
+        ({"data_dim": 0}, "data_dim must be an integer >= 1, got 0"),
+        ({"data_dim": "4"}, "data_dim must be an integer >= 1, got '4'"),
+        ({"latent_dims": ()}, r"latent_dims must be positive integers.*one or more, got \(\)"),
+        ({"latent_dims": 2}, "latent_dims must be positive integers.*got 2"),
+        ({"latent_dims": (2.0,)}, r"latent_dims must be positive integers.*got \(2.0,\)"),
+        ({"hidden": 8}, "hidden must be positive integers.*got 8"),
+        ({"noise_scale": -1.0}, "noise_scale must be a finite number > 0, got -1.0"),
+        ({"noise_scale": math.inf}, "noise_scale must be a finite number > 0, got inf"),
+        ({"noise_scale": "1"}, "noise_scale must be a finite number > 0, got '1'"),
         ({"noise_scale": 1.0, "likelihood": Bernoulli()}, "takes the place"),
         ({"activation": "gelu"}, "activation 'gelu'"),
     ],

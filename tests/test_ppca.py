@@ -118,7 +118,7 @@ def test_a_latent_dimension_out_of_range_is_refused(arguments: tuple[int, int]) 
 
 
 def test_a_noise_scale_of_zero_is_refused() -> None:
-    with pytest.raises(ValueError, match="noise_scale must be > 0, got 0"):
+    with pytest.raises(ValueError, match="noise_scale must be a finite number > 0, got 0"):
         PPCA(5, 2, noise_scale=0.0)
 
 

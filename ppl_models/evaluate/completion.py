@@ -143,12 +143,17 @@ def unigram_perplexity(x: Any, second: Any, *, smoothing: float = 1.0) -> float:
         smoothing: What is added to the count of each word, so that none is impossible.
 
     Raises:
-        ValueError: If the two have different columns, are no counts or hold no word to score.
+        ValueError: If the two have different columns, are no counts or hold no word to score, or
+            `smoothing` is negative, or 0 where a scored word is in no training document.
 
     Example:
         >>> round(unigram_perplexity(torch.ones(2, 8), torch.ones(3, 8)), 6)
         8.0
     """
+    if not isinstance(smoothing, int | float) or not 0.0 <= smoothing < math.inf:
+        raise ValueError(
+            f"unigram_perplexity: smoothing must be a finite number >= 0, got {smoothing!r}."
+        )
     train, scored = (_counts(value).double().sum(0) for value in (x, second))
     if train.shape != scored.shape:
         raise ValueError(
@@ -157,7 +162,13 @@ def unigram_perplexity(x: Any, second: Any, *, smoothing: float = 1.0) -> float:
         )
     if not scored.sum() > 0:
         raise ValueError("unigram_perplexity: second must hold at least one word, got none.")
-    probabilities = (train + smoothing) / (train + smoothing).sum()
+    smoothed = train + smoothing
+    if unknown := int(((smoothed == 0.0) & (scored > 0.0)).sum()):
+        raise ValueError(
+            f"unigram_perplexity: smoothing must be > 0, as {unknown} of the scored words are in no "
+            f"training document, so without it they are impossible; got {smoothing}."
+        )
+    probabilities = smoothed / smoothed.sum()
     return math.exp(-torch.xlogy(scored, probabilities).sum().item() / scored.sum().item())
 
 

@@ -16,17 +16,18 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from ppl_models.core.batch import as_batch, check_model, check_programs
-from ppl_models.core.checks import check_count
+from ppl_models.core.checks import check_count, check_positive
 from ppl_models.core.modes import evaluation_mode
 from ppl_models.core.random import seeded
-from ppl_models.core.sites import SiteTable, describe_program, recorded
+from ppl_models.core.sites import Site, SiteTable, describe_program, recorded
 from ppl_models.core.store import own_parameters, unchanged_on_error
 from ppl_models.core.traces import PARTICLES, draw_latents, joint_table, run_pair, vectorizes
 from ppl_models.core.types import Batch
 from ppl_models.infer.mcmc.run import Sampler, sample
 from ppl_models.infer.objectives import ELBO, Bound
 from ppl_models.infer.progress import progress_bar
-from ppl_models.infer.svi import interruptible, trainable
+from ppl_models.infer.step import Diverged
+from ppl_models.infer.svi import interruptible, make_optimiser, named_step, trainable
 
 Draws = Mapping[str, Tensor]
 MStep = Callable[..., Any]
@@ -143,7 +144,8 @@ def expectation_maximization(
         ValueError: If an argument is out of range, the data are not what the model describes, the
             guide does not fit the model, there is nothing to train, or, with `MonteCarloE`, the
             model has latents outside of the plate over rows. Nothing has changed then.
-        FloatingPointError: If a bound or Q is not finite. The parameters are those before it.
+        FloatingPointError: If a bound, Q or a gradient of them is not finite, or a distribution
+            refuses its parameters. The parameters are those before that gradient step.
 
     Source:
         Dempster, Laird & Rubin (1977), https://doi.org/10.1111/j.2517-6161.1977.tb01600.x;
@@ -160,8 +162,10 @@ def expectation_maximization(
         3
     """
     caller = "expectation_maximization"
-    guide = _check_choices(caller, e_step, iterations, steps, lr, m_step)
-    check_programs(caller, model=model, **({} if guide is None else {"guide": guide}))
+    _check_choices(caller, e_step, iterations, steps, lr, m_step)
+    guide = e_step.guide if isinstance(e_step, VariationalE) else None
+    programs = {"guide": guide} if isinstance(e_step, VariationalE) else {}
+    check_programs(caller, model=model, **programs)
     batch = as_batch(data, model, *(() if guide is None else (guide,)))
     rows = len(batch[0]) if batch else 1
     with (
@@ -188,9 +192,9 @@ def expectation_maximization(
                     "or sample(model, x) for the joint posterior."
                 )
             else:
-                infer = _MonteCarlo(e_step, model, batch, plate)
+                infer = _MonteCarlo(e_step, model, batch, table, plate)
+            climb = make_optimiser(caller, optimizer, theta, lr)
         score = _Complete(model, batch, table)
-        climb = optimizer(theta, lr=lr)
         complete: list[float] = []
         bounds: list[float] = []
         label = progress if isinstance(progress, str) else "EM"
@@ -198,17 +202,18 @@ def expectation_maximization(
         start = time.perf_counter()
         with progress_bar(iterations, label, show) as bar, interruptible() as interrupted:
             while len(complete) < iterations and not interrupted.is_set():
-                bound = infer()
-                draws = infer.draw()
-                if m_step is not None:
+                with named_step(caller, len(complete) + 1, "iteration"):
+                    bound = infer()
+                    draws = infer.draw()
+                    if m_step is not None:
+                        with torch.no_grad():
+                            m_step(model, *batch, **draws)
+                    else:
+                        for _ in range(steps):
+                            _ascend(climb, theta, score(draws) / rows, "Q")
+                            draws = infer.draw()
                     with torch.no_grad():
-                        m_step(model, *batch, **draws)
-                else:
-                    for _ in range(steps):
-                        _ascend(climb, theta, score(draws) / rows, "Q")
-                        draws = infer.draw()
-                with torch.no_grad():
-                    complete.append(score(draws).item() / rows)
+                        complete.append(score(draws).item() / rows)
                 bounds += [] if bound is None else [bound / rows]
                 bar(len(complete), f"complete data {complete[-1]:.4g} nats/row")
                 for callback in callbacks:
@@ -276,9 +281,14 @@ class _MonteCarlo:
     """The E-step by sampling."""
 
     def __init__(
-        self, options: MonteCarloE, model: Callable[..., Any], batch: Batch, plate: str
+        self,
+        options: MonteCarloE,
+        model: Callable[..., Any],
+        batch: Batch,
+        table: SiteTable,
+        plate: str,
     ) -> None:
-        self.model, self.batch = model, batch
+        self.table = table
         self.draws: Draws = {}
         self.sample = partial(
             sample,
@@ -300,11 +310,22 @@ class _MonteCarlo:
         seed = int(torch.randint(2**31, ()))
         init = partial(_again, self.draws) if self.draws else None
         found = self.sample(warmup=self.warmup, init=init, seed=seed)
-        self.draws = {name: value.flatten(0, 1) for name, value in found.items()}
+        self.draws = {
+            name: _rounded(value.flatten(0, 1), self.table[name]) for name, value in found.items()
+        }
 
     def draw(self) -> Draws:
         """Return draws of each site, shape (S, *batch, *event)."""
         return self.draws
+
+
+def _rounded(value: Tensor, site: Site) -> Tensor:
+    """Round draws, which are in double precision, to that of the model, but nothing to 0."""
+    rounded = value.to(site.value.dtype)
+    if site.discrete:
+        return rounded
+    least = torch.full_like(rounded, torch.finfo(rounded.dtype).tiny).copysign(rounded)
+    return torch.where(rounded.abs() < least.abs(), least, rounded)
 
 
 def _again(draws: Draws, *batch: Tensor) -> None:
@@ -353,12 +374,12 @@ def _parameters(program: Callable[..., Any], batch: Batch) -> list[Tensor]:
 
 def _ascend(climb: Optimizer, leaves: list[Tensor], value: Tensor, what: str) -> None:
     """Take a gradient step up."""
-    if not torch.isfinite(value):
-        raise FloatingPointError(
-            f"expectation_maximization: {what} is {value.item()} in an iteration, which has "
-            "stopped before that step. Try a smaller lr, or a likelihood with a minimum scale."
-        )
     slopes = torch.autograd.grad(-value, leaves, allow_unused=True)
+    norm = torch.nn.utils.get_total_norm([slope for slope in slopes if slope is not None])
+    if not (torch.isfinite(value) and torch.isfinite(norm)):
+        raise Diverged(
+            f"{what} is {value.item():.4g} and the norm of its gradient {norm.item():.4g}"
+        )
     for leaf, slope in zip(leaves, slopes, strict=True):
         leaf.grad = slope
     climb.step()
@@ -367,8 +388,7 @@ def _ascend(climb: Optimizer, leaves: list[Tensor], value: Tensor, what: str) ->
 
 def _check_choices(
     caller: str, e_step: Any, iterations: int, steps: int, lr: float, m_step: Any
-) -> Callable[..., Any] | None:
-    """Check the arguments; return the guide, if there is one."""
+) -> None:
     if not isinstance(e_step, VariationalE | MonteCarloE):
         raise ValueError(
             f"{caller}: e_step must be VariationalE(guide) or MonteCarloE(), got {e_step!r}."
@@ -378,13 +398,16 @@ def _check_choices(
     if isinstance(e_step, VariationalE):
         counts |= {"steps of the E-step": e_step.steps, "draws of the E-step": e_step.draws}
         rates["lr of the E-step"] = e_step.lr
+        if not isinstance(e_step.objective, Bound):
+            raise ValueError(
+                f"{caller}: objective of the E-step must be a bound of ppl_models.infer, such as "
+                f"ELBO(), got {e_step.objective!r}."
+            )
     for name, count in counts.items():
         check_count(caller, name, count)
     for name, rate in rates.items():
-        if not rate > 0:
-            raise ValueError(f"{caller}: {name} must be > 0, got {rate}.")
+        check_positive(caller, name, rate)
     if m_step is not None and not callable(m_step):
         raise ValueError(
             f"{caller}: m_step must be called as m_step(model, *batch, **draws), got {m_step!r}."
         )
-    return e_step.guide if isinstance(e_step, VariationalE) else None

@@ -31,7 +31,7 @@ from ppl_models.core.batch import (
     moved,
     redrawn,
 )
-from ppl_models.core.checks import check_count
+from ppl_models.core.checks import check_count, check_positive
 from ppl_models.core.minibatch import minibatch
 from ppl_models.core.modes import evaluation_mode
 from ppl_models.core.random import seeded
@@ -210,7 +210,9 @@ def fit(
             if isinstance(objective, Bound):
                 objective = objective.prepare(model, guide, *part, plate=plate)
                 leaves += objective.parameters()
-        optimise = _optimiser(optimizer or partial(torch.optim.Adam, fused=True), leaves, lr)
+        optimise = make_optimiser(
+            "fit", optimizer or partial(torch.optim.Adam, fused=True), leaves, lr
+        )
         scheduler = schedule(optimise) if schedule is not None else None
         evaluate = Evaluation(model, guide, objective, leaves, plate, size)
         in_epoch = -(-size // rows)
@@ -244,7 +246,7 @@ def fit(
                 place = taken % in_epoch
                 if place == 0:
                     if drawn:
-                        with _named_step(taken):
+                        with named_step("fit", taken):
                             taking.renew()
                     for value, probabilities in drawn:
                         value.copy_(torch.bernoulli(probabilities))
@@ -255,7 +257,7 @@ def fit(
                     here, left = _batches_left(place, rows, size)
                     chunk = order[place * rows :]
                 count = 1 if callbacks else min(left, total - taken, taking.most(here))
-                with _named_step(taken + 1):
+                with named_step("fit", taken + 1):
                     bounds.extend(taking.take(chunk, here, count))
                 speed = len(bounds) * rows / (time.perf_counter() - start)
                 status = f"bound {bounds[-1]:.4g} nats/row, {speed:,.0f} rows/s, {taking.rung}"
@@ -266,9 +268,9 @@ def fit(
                     if callback(len(bounds), bounds[-1]) is True:
                         interrupted.set()
                 if callbacks:
-                    with _named_step(len(bounds)):
+                    with named_step("fit", len(bounds)):
                         taking.look()
-            with _named_step(len(bounds)):
+            with named_step("fit", len(bounds)):
                 taking.renew()
         return Fit(
             model=model,
@@ -300,22 +302,22 @@ def fit(
 
 
 @contextmanager
-def _named_step(step: int) -> Iterator[None]:
+def named_step(caller: str, step: int, unit: str = "step") -> Iterator[None]:
     """Say in a line what went wrong at which step, and that the parameters are those before it."""
     try:
         yield
     except Diverged as error:
         raise FloatingPointError(
-            f"fit: at step {error.step or step} {error}; training has stopped before that step. Try "
-            "a smaller lr, or a likelihood with a minimum scale."
+            f"{caller}: at {unit} {error.step or step} {error}; training has stopped before that step. "
+            "Try a smaller lr, or a likelihood with a minimum scale."
         ) from None
     except ValueError as error:
         if not str(error).startswith("Expected parameter"):
             raise
         what = " ".join(str(error).split()).partition(", but found")[0]
         raise FloatingPointError(
-            f"fit: at step {step} training diverged ({what}); it has stopped before that step. Try "
-            "a smaller lr."
+            f"{caller}: at {unit} {step} training diverged ({what}); it has stopped before that step. "
+            "Try a smaller lr."
         ) from error
 
 
@@ -377,8 +379,7 @@ def _check_choices(
     for name, value in (("steps", steps), ("epochs", epochs), ("batch_size", batch_size)):
         if value is not None:
             check_count("fit", name, value)
-    if not lr > 0:
-        raise ValueError(f"fit: lr must be > 0, got {lr}.")
+    check_positive("fit", "lr", lr)
     if not isinstance(compile, bool) and compile != "now":
         raise ValueError(f"fit: compile must be True, False or 'now', got {compile!r}.")
 
@@ -389,18 +390,25 @@ def _name(objective: Any) -> str:
     return repr(objective) if isinstance(objective, Bound) else describe_program(objective)
 
 
-def _optimiser(make: Callable[..., Optimizer], leaves: list[Tensor], lr: float) -> Optimizer:
+def make_optimiser(
+    caller: str, make: Callable[..., Optimizer], leaves: list[Tensor], lr: float
+) -> Optimizer:
+    """Make the optimiser of some leaves.
+
+    Raises:
+        ValueError: If it cannot be made so, or steps with a closure.
+    """
     try:
         made = make(leaves, lr=lr)
     except TypeError as error:
         raise ValueError(
-            f"fit: optimizer must make a torch optimiser when called as optimizer(parameters, lr="
+            f"{caller}: optimizer must make a torch optimiser when called as optimizer(parameters, lr="
             f"{lr}), but {describe_program(make)} said: {error}. Write torch.optim.SGD, or "
             "functools.partial(torch.optim.SGD, momentum=0.9)."
         ) from error
     if not isinstance(made, Optimizer) or isinstance(made, torch.optim.LBFGS):
         raise ValueError(
-            f"fit: optimizer must make a torch.optim.Optimizer that steps without a closure, got "
+            f"{caller}: optimizer must make a torch.optim.Optimizer that steps without a closure, got "
             f"{type(made).__name__}. Pyro's own wrappers and LBFGS are not of that kind."
         )
     return made

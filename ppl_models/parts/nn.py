@@ -10,6 +10,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from ppl_models.core.checks import check_count, checked_sizes
+
 
 def mlp(
     inputs: int,
@@ -28,12 +30,18 @@ def mlp(
         activation: What is in place of tanh.
         bias: Whether there is a b.
 
+    Raises:
+        ValueError: If a number of features is no positive integer.
+
     Example:
         >>> mlp(4, (8,), 2)(torch.zeros(3, 4)).shape
         torch.Size([3, 2])
     """
+    check_count("mlp", "inputs", inputs)
+    if outputs is not None:
+        check_count("mlp", "outputs", outputs)
     layers: list[nn.Module] = []
-    for features in hidden:
+    for features in checked_sizes("mlp", "hidden", hidden):
         layers += [nn.Linear(inputs, features, bias=bias), activation()]
         inputs = features
     if outputs is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import pyro
 import pyro.distributions as dist
@@ -179,5 +179,12 @@ def test_what_says_nothing_of_words_is_refused() -> None:
         unigram_perplexity(x, torch.ones(2, 3))
     with pytest.raises(ValueError, match="at least one word"):
         unigram_perplexity(x, torch.zeros(2, 4))
+    for smoothing in (-1.0, math.inf, "1"):
+        with pytest.raises(ValueError, match="smoothing must be a finite number >= 0"):
+            unigram_perplexity(x, x, smoothing=cast(Any, smoothing))
+    rare = torch.tensor([[2.0, 0.0, 0.0, 2.0]])
+    assert unigram_perplexity(rare, rare, smoothing=0.0) == pytest.approx(2.0)
+    with pytest.raises(ValueError, match="smoothing must be > 0, as 2 of the scored words"):
+        unigram_perplexity(rare, x, smoothing=0.0)
     with pytest.raises(ValueError, match="whole numbers"):
         halves(x / 3, seed=0)

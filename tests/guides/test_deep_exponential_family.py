@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from guides import Amortized, Local, families
+from guides import Amortized, Exact, Local, families
 from guides.base import key
 from guides.deep_exponential_family import LogCounts, start_near
 from guides.registry import GUIDES, MODELS, build
@@ -107,6 +107,10 @@ def test_a_start_that_cannot_be_set_is_refused() -> None:
     ppca = PPCA(4, 2)
     with pytest.raises(ValueError, match=r"of a DeepExponentialFamily is required.*Local of PPCA"):
         start_near(Local(ppca, rows=40), x)
+    with pytest.raises(ValueError, match=r"of a DeepExponentialFamily is required.*got Exact"):
+        start_near(cast(Any, Exact(ppca)), x)
+    with pytest.raises(ValueError, match="non-negative integer"):
+        start_near(Local(model, rows=40), x - 100.0)
     with pytest.raises(ValueError, match=r"spread must be in \(0, 1\], got 0"):
         start_near(Local(model, rows=40), x, spread=0.0)
     low_rank = Local(model, rows=40, family=families.LowRankNormal())
@@ -128,9 +132,9 @@ def test_the_encoder_reads_the_logarithm_of_counts() -> None:
     assert_close(encoder(-x), encoder.net(-torch.log(1.0 + x)))
     assert encoder(x).shape == (6, 5)
     assert encoder.arguments() == {"data_dim": 4, "hidden": (8, 5)}
-    for sizes in ((0, (8,)), (4, ()), (4, (0,))):
-        with pytest.raises(ValueError, match="must be positive, with at least one layer"):
-            LogCounts(*sizes)
+    for sizes in ((0, (8,)), (4, ()), (4, (0,)), (4, 8), ("4", (8,))):
+        with pytest.raises(ValueError, match="LogCounts: (data_dim|hidden) must be .*integer"):
+            LogCounts(*cast(Any, sizes))
 
 
 def test_a_log_normal_guide_knows_its_mean() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyro
@@ -160,8 +160,10 @@ def test_members_start_at_networks_of_their_own() -> None:
         ValueError, match=r"'2.bias' must have shape \(1,\), got \(2,\) for member 0"
     ):
         guide.start_at([{"2.bias": torch.zeros(2)}] * 3)
-    with pytest.raises(ValueError, match="scale must be > 0"):
+    with pytest.raises(ValueError, match="scale must be a finite number > 0"):
         guide.start_around({}, scale=0.0)
+    with pytest.raises(ValueError, match="takes a dict with a tensor for each site.*got Tensor"):
+        guide.start_around(cast(Any, torch.zeros(3)))
 
 
 def test_classes_are_predicted_by_the_mean_of_probabilities() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyro
@@ -245,7 +245,12 @@ def test_a_callback_ends_it() -> None:
         ({"e_step": Exact}, "must be VariationalE"),
         ({"e_step": MonteCarloE(draws=2)}, "draws must be an integer >= 4"),
         ({"iterations": 0}, "iterations must be"),
-        ({"lr": 0.0}, "lr must be > 0"),
+        ({"lr": 0.0}, "lr must be a finite number > 0, got 0.0"),
+        ({"lr": math.inf}, "lr must be a finite number > 0"),
+        ({"e_step": VariationalE(cast(Any, None))}, "guide must be"),
+        ({"e_step": VariationalE(cast(Any, 3))}, "guide must be"),
+        ({"optimizer": torch.optim.LBFGS}, "steps without a closure, got LBFGS"),
+        ({"optimizer": 3}, "optimizer must make a torch optimiser"),
         ({"m_step": 1}, "m_step must be called"),
         ({"rows": 7}, "rows must be 20"),
         ({"frozen": True}, "nothing to train"),
@@ -269,7 +274,63 @@ def test_what_cannot_be_is_refused(change: dict[str, Any], words: str) -> None:
     assert all(torch.equal(*pair) for pair in zip(before, model.parameters(), strict=True))
 
 
+def test_the_objective_of_the_e_step_is_a_bound() -> None:
+    model = start()
+    inner = VariationalE(Local(model, rows=ROWS), objective=cast(Any, "elbo"))
+    with pytest.raises(
+        ValueError, match=r"objective of the E-step .* such as ELBO\(\), got 'elbo'"
+    ):
+        expectation_maximization(model, rows(), inner)
+
+
 def test_a_bound_that_is_not_finite_stops_it() -> None:
     model = start()
-    with pytest.raises(FloatingPointError, match="Try a smaller lr"):
+    with pytest.raises(FloatingPointError, match=r"at iteration \d+ .*Try a smaller lr"):
         expectation_maximization(model, rows(), VariationalE(Exact(model)), lr=1e6, seed=0)
+    assert all(bool(value.isfinite().all()) for value in model.parameters())
+
+
+def test_a_gradient_that_is_not_finite_stops_it() -> None:
+    theta = torch.zeros((), requires_grad=True)
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z + pyro.param("theta", theta).sqrt(), 1.0), obs=x)
+
+    with pytest.raises(
+        FloatingPointError, match="at iteration 1 Q is .* of its gradient (inf|nan)"
+    ):
+        expectation_maximization(model, torch.ones(3), MonteCarloE(), seed=0)
+    assert theta.item() == 0.0
+
+
+def test_parameters_that_a_distribution_refuses_name_the_iteration() -> None:
+    model = start()
+
+    def m_step(model: Any, x: Tensor, z: Tensor) -> None:
+        model.loc.fill_(math.nan)
+
+    with pytest.raises(FloatingPointError, match=r"at iteration 1 training diverged .*loc"):
+        expectation_maximization(model, rows(), VariationalE(Exact(model)), m_step=m_step, seed=0)
+
+
+def test_draws_are_in_the_precision_of_the_model_and_none_underflows() -> None:
+    def model(x: Tensor) -> None:
+        rate = pyro.param("rate", torch.ones((), dtype=torch.float32))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Gamma(torch.full_like(x, 0.01), 1.0))
+            pyro.sample("x", dist.Poisson(rate + z), obs=x)
+
+    seen: list[Tensor] = []
+
+    def m_step(model: Any, x: Tensor, z: Tensor) -> None:
+        seen.append(z)
+
+    x = torch.zeros(50, dtype=torch.float32)
+    found = expectation_maximization(
+        model, x, MonteCarloE(warmup=100), m_step=m_step, iterations=2, seed=0
+    )
+    assert all(z.dtype == torch.float32 and bool((z > 0).all()) for z in seen)
+    assert min(z.min().item() for z in seen) < 1e-35
+    assert bool(found.complete.isfinite().all())

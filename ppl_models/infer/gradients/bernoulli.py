@@ -13,12 +13,12 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
+from ppl_models.core.checks import checked_sizes
 from ppl_models.core.traces import PARTICLES, unchecked
 from ppl_models.infer.gradients.score import (
     Run,
     Score,
     as_networks,
-    check_hidden,
     key_of,
     kind_of,
     replaced,
@@ -337,7 +337,7 @@ class RELAX(REBAR):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_hidden("RELAX", self.hidden)
+        checked_sizes("RELAX", "hidden", self.hidden)
         object.__setattr__(self, "networks", as_networks(self.networks, self.hidden))
 
     def prepared(self, nodes: Mapping[str, Any], batch: Sequence[Tensor]) -> RELAX:

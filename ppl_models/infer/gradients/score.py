@@ -15,6 +15,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
+from ppl_models.core.checks import checked_sizes
 from ppl_models.core.traces import PARTICLES, Pair
 from ppl_models.infer.dependencies import Dependencies
 from ppl_models.parts.nn import mlp
@@ -268,7 +269,7 @@ class NVIL(Reinforce):
     def __post_init__(self) -> None:
         if not 0.0 < self.decay < 1.0:
             raise ValueError(f"NVIL: decay must be within (0, 1), got {self.decay}.")
-        check_hidden("NVIL", self.hidden)
+        checked_sizes("NVIL", "hidden", self.hidden)
         object.__setattr__(self, "networks", as_networks(self.networks, self.hidden))
 
     @property
@@ -328,14 +329,6 @@ def base_of(fn: Any) -> Any:
     while hasattr(fn, "base_dist"):
         fn = fn.base_dist
     return fn
-
-
-def check_hidden(name: str, hidden: Any) -> None:
-    """Refuse what is no layout of a network."""
-    if not isinstance(hidden, Sequence) or any(type(n) is not int or n < 1 for n in hidden):
-        raise ValueError(
-            f"{name}: hidden must be positive numbers of units, such as (100,), got {hidden!r}."
-        )
 
 
 def as_networks(networks: Any, hidden: Sequence[int]) -> Any:
