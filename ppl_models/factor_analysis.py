@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator
+from numbers import Real
 
 import pyro
 import pyro.distributions as dist
@@ -151,10 +152,10 @@ class FactorAnalysis(NamedModule):
                 f"FactorAnalysis: latent_dim must be in [1, {data_dim}], got {latent_dim}."
             )
         _check_min_scale(min_scale)
-        check_positive("FactorAnalysis", "noise_scale", noise_scale)
-        if not noise_scale > min_scale:
+        if not isinstance(noise_scale, Real) or not min_scale < noise_scale < math.inf:
             raise ValueError(
-                f"FactorAnalysis: noise_scale must be > min_scale={min_scale}, got {noise_scale}."
+                f"FactorAnalysis: noise_scale must be > min_scale={min_scale} and finite, got "
+                f"{noise_scale!r}."
             )
         self.data_dim = data_dim
         self.latent_dim = latent_dim
@@ -312,9 +313,9 @@ class FactorAnalysis(NamedModule):
 
 
 def _check_min_scale(min_scale: float) -> None:
-    if not min_scale > 0:
+    if not isinstance(min_scale, Real) or not min_scale > 0:
         raise ValueError(
-            f"FactorAnalysis: min_scale must be > 0, got {min_scale}. Without a minimum the "
+            f"FactorAnalysis: min_scale must be > 0, got {min_scale!r}. Without a minimum the "
             "likelihood is unbounded."
         )
 

@@ -401,11 +401,12 @@ def test_whole_numbers_and_arrays_are_data() -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"latent_dim": 0}, r"latent_dim must be in \[1, 5\], got 0"),
+        ({"latent_dim": 0}, "latent_dim must be an integer >= 1, got 0"),
         ({"latent_dim": 6}, r"latent_dim must be in \[1, 5\], got 6"),
-        ({"latent_dim": 2, "noise_scale": 0.0}, "noise_scale must be > min_scale=0.001, got 0.0"),
+        ({"latent_dim": 2, "noise_scale": 0.0}, "must be > min_scale=0.001 and finite, got 0.0"),
         ({"latent_dim": 2, "noise_scale": 0.1, "min_scale": 0.1}, "noise_scale must be > min_sca"),
         ({"latent_dim": 2, "min_scale": 0.0}, "min_scale must be > 0, got 0.0"),
+        ({"latent_dim": 2, "min_scale": "1"}, "min_scale must be > 0, got '1'"),
     ],
 )
 def test_wrong_sizes_and_scales_are_refused(options: dict[str, Any], said: str) -> None:
@@ -420,7 +421,7 @@ def test_wrong_sizes_and_scales_are_refused(options: dict[str, Any], said: str) 
         (9, {"latent_dim": 0}, r"latent_dim in \[1, 7\], fewer than there are columns; got 0"),
         (1, {"latent_dim": 2}, "at least 2 rows, got 1"),
         (9, {"latent_dim": 2, "min_scale": 0.0}, "min_scale must be > 0, got 0.0"),
-        (9, {"latent_dim": 2, "tolerance": 0.0}, "tolerance must be > 0, got 0.0"),
+        (9, {"latent_dim": 2, "tolerance": 0.0}, "tolerance must be a finite number > 0, got 0.0"),
         (9, {"latent_dim": 2, "steps": 0}, "steps must be an integer >= 1, got 0"),
     ],
 )

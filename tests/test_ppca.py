@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -111,9 +112,11 @@ def test_maximum_likelihood_keeps_the_precision_of_the_data() -> None:
     assert PPCA.maximum_likelihood(simulated().float(), 2).loading.dtype == torch.float32
 
 
-@pytest.mark.parametrize("arguments", [(5, 0), (5, 6)])
-def test_a_latent_dimension_out_of_range_is_refused(arguments: tuple[int, int]) -> None:
-    with pytest.raises(ValueError, match=rf"latent_dim must be in \[1, 5\], got {arguments[1]}"):
+@pytest.mark.parametrize(
+    ("arguments", "said"), [((5, 0), ">= 1"), ((5, "2"), ">= 1"), ((5, 6), "in"), ((0, 1), ">= 1")]
+)
+def test_a_dimension_out_of_range_is_refused(arguments: Any, said: str) -> None:
+    with pytest.raises(ValueError, match=rf"PPCA: (data|latent)_dim must be .*{said}"):
         PPCA(*arguments)
 
 
