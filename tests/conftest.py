@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 
@@ -29,7 +30,10 @@ def _isolated() -> Iterator[None]:
 
 @pytest.fixture(autouse=True, scope="session")
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Compile into a folder of this run, so that no earlier run decides what is built."""
+    """Compile into a folder of this run, which its processes share: no earlier run decides."""
+    place = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        place = place.parent
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PPL_MODELS_CACHE", str(tmp_path_factory.mktemp("steps")))
+        patch.setenv("PPL_MODELS_CACHE", str(place / "steps"))
         yield

@@ -217,7 +217,7 @@ def test_a_bad_dataset_is_refused(rows, said) -> None:
         ({"steps": 0}, "fit: steps must be an integer >= 1, got 0"),
         ({"epochs": -1}, "fit: epochs must be an integer >= 1, got -1"),
         ({"steps": 3, "epochs": 2}, "fit: give either steps or epochs, got both, steps=3 and epo"),
-        ({"lr": 0.0}, r"fit: lr must be > 0, got 0\.0"),
+        ({"lr": 0.0}, r"fit: lr must be a finite number > 0, got 0\.0"),
         ({"seed": -1}, "seed must be None or an integer from 0 to .*, got -1"),
         ({"device": "moon"}, "device: torch knows no device 'moon'"),
     ],

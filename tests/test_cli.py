@@ -154,7 +154,10 @@ def test_compare_writes_a_table_and_a_page_and_reproduces_by_its_seed(tmp_path) 
         (["generate", "runs/vea"], "load_run: there is no run in 'runs/vea'"),
         (["show", "runs/vea"], "load_run: there is no run in 'runs/vea'"),
         (["show", "wine.csv"], "load_run: path must be the folder of a run, but 'wine.csv' is a"),
-        (["compare", "vae", "--lr", "-1", "--epochs", "1"], "fit: lr must be > 0, got -1.0."),
+        (
+            ["compare", "vae", "--lr", "-1", "--epochs", "1"],
+            "fit: lr must be a finite number > 0, got -1.0.",
+        ),
         (
             ["compare", "vae", "--guides", "exact", "--epochs", "1"],
             "Exact: the log joint of VAE is not quadratic in ['z']",

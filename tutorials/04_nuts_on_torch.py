@@ -33,7 +33,7 @@ SMOKE = bool(os.environ.get("SMOKE"))  # a few steps only, to see that everythin
 plt.rcParams["figure.dpi"] = 60
 torch.set_num_threads(1)  # arrays this small gain nothing from more
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-short = {"draws": 10, "warmup": 40} if SMOKE else {}  # of 1000 draws after 1000 of warm-up
+short = {"draws": 10, "warmup": 20} if SMOKE else {}  # of 1000 draws after 1000 of warm-up
 quiet = {"seed": 0, "progress": False}
 
 # %% [markdown]
@@ -129,7 +129,7 @@ many = sample(
     y,
     chains=32 if SMOKE else 1024,
     draws=10 if SMOKE else 250,
-    warmup=40 if SMOKE else 250,
+    warmup=20 if SMOKE else 250,
     device=device,
     **quiet,
 )
@@ -247,7 +247,7 @@ def funnel():
         pyro.sample("x", dist.Normal(0.0, (v / 2).exp()))
 
 
-half = {"draws": 10, "warmup": 40} if SMOKE else {"draws": 500, "warmup": 500}
+half = {"draws": 10, "warmup": 20} if SMOKE else {"draws": 500, "warmup": 500}
 chains = 16 if SMOKE else 64
 wide = {
     f"target_accept {target}": sample(
@@ -257,7 +257,7 @@ wide = {
 }
 # The non-centred form from outside, without a change to the model:
 straight = poutine.reparam(funnel, config={"x": LocScaleReparam(0.0)})
-brief = {"draws": 10, "warmup": 40} if SMOKE else {"draws": 250, "warmup": 200}
+brief = {"draws": 10, "warmup": 20} if SMOKE else {"draws": 250, "warmup": 200}
 wide["reparametrised"] = sample(straight, chains=chains, **brief, **quiet)
 table = pd.DataFrame([line(run, "v") for run in wide.values()], index=list(wide))
 table["stuck chains"] = [int(run.stuck.sum()) for run in wide.values()]
@@ -349,7 +349,7 @@ for warmup in (0, 150):
             rows=True,
             init=init,
             draws=10 if SMOKE else 150,
-            warmup=40 if SMOKE and warmup else warmup,
+            warmup=20 if SMOKE and warmup else warmup,
             **quiet,
         )
         starts[warmup, name] = {
@@ -375,7 +375,7 @@ pd.DataFrame(starts).T.rename_axis(["warm-up", "start"])
 folder = tempfile.mkdtemp()
 before = os.environ.get("PPL_MODELS_CACHE")
 os.environ["PPL_MODELS_CACHE"] = folder
-small = {"draws": 10, "warmup": 40} if SMOKE else {"draws": 200, "warmup": 200}
+small = {"draws": 10, "warmup": 20} if SMOKE else {"draws": 200, "warmup": 200}
 now = False if SMOKE else "now"
 for name, compiled in (("recorded", False), ("compiled", now), ("compiled, from the cache", now)):
     run = sample(schools, scale, y, chains=4, compile=compiled, **small, **quiet)

@@ -201,7 +201,7 @@ def test_what_does_not_fit_is_refused() -> None:
         Tasks(single)(x[0])
     with pytest.raises(ValueError, match=r"model must be Tasks\(...\).*got BayesianNeuralNetwork"):
         DeepSet(single, example=(x, y))  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ValueError, match="hidden must name"):
+    with pytest.raises(ValueError, match="hidden must be positive integers.*one or more"):
         DeepSet(Tasks(single), hidden=(), example=(x, y))
     with pytest.raises(ValueError, match="Pass one: example="):
         DeepSet(Tasks(single))
