@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -56,6 +57,7 @@ class Density:
     Attributes:
         dim: Unconstrained numbers :math:`D` of one target.
         targets: How many targets there are.
+        size: Numbers at the sites of one target.
         double: Whether the model runs in double precision, whatever its parameters' own.
         dtype: Of the unconstrained numbers that `unconstrain` returns.
         binary: Which of them are zeros and ones, shape (dim,); between these the log density is
@@ -80,6 +82,7 @@ class Density:
         self._model, self._rows, self._table = model, rows, table
         self._parts = layout(table)
         self.dim = max(part.span.stop for part in self._parts.values())
+        self.size = sum(site.value.numel() for site in table)
         self.dtype = torch.float64 if double else _widest(self._parts.values())
         self.device = table.latents[0].value.device
         self.binary = torch.zeros(self.dim, dtype=torch.bool, device=self.device)
@@ -135,6 +138,18 @@ class Density:
             if backend.recording():
                 raise  # a graph must not be made of what happened at one point
             return self._one_by_one(u, index)
+
+    def some(self, rows: int) -> Density:
+        """Return that of some rows: of the first ones, until it is told to `take` others."""
+        part = copy.copy(self)
+        part.targets = rows
+        part._batch = tuple(value[:rows].clone() for value in self._batch)
+        return part
+
+    def take(self, rows: Int[Tensor, " R"], whole: Density) -> None:
+        """Be that of other rows of `whole`, as many, in place: graphs of it then are of these."""
+        for own, value in zip(self._batch, whole._batch, strict=True):
+            own.copy_(value[rows])
 
     def constrain(self, u: Float[Tensor, "*lead D"]) -> dict[str, Tensor]:
         """Return the value of each latent, without gradient.

@@ -22,6 +22,7 @@ PART = 512  # transitions, after which chains wait for each other and go on afre
 NUMBERS = 2**28  # that the record of a part may hold
 TALL = 4  # rows for each column
 NARROW = 8  # chains that leave wide vectors half empty
+ADAPTED = ("step", "centre", "average", "error", "updates")  # of tuning, what is of each chain
 BOLD = 15  # transitions of a window that is long
 
 # Called now and then with transitions made by all chains; False ends the run.
@@ -65,6 +66,7 @@ class Engine:
         slots: Transitions that will be asked for at once, at most.
         dense: Whether the metric is a matrix.
         steady: Whether what the density reads besides positions stays as it is: then it may be copied.
+        rows: Of a `Density` of rows, how many a compiled loop takes at a time; 0 for all.
 
     Attributes:
         restarted: How often a chain went on from the place of another one.
@@ -82,8 +84,12 @@ class Engine:
         slots: int,
         dense: bool,
         steady: bool,
+        rows: int = 0,
     ) -> None:
         dim, chains = positions.shape
+        self._log_density: Any = log_density
+        self._rows = rows
+        self._block: Engine | None = None  # runs some of the rows at a time
         self._seed = seed
         self._ids = ids
         self._depth = depth
@@ -105,7 +111,20 @@ class Engine:
 
     def compile(self, wait: Callable[[], bool]) -> None:
         """Go on in a compiled loop, where ticks can be compiled; see `Loop.compile`."""
-        self._loop.compile(wait, narrow=len(self._ids) <= NARROW)
+        if not self._rows:
+            self._loop.compile(wait, narrow=len(self._ids) <= NARROW)
+            return
+        if self._block is None:
+            block = self._some_rows()
+            block.compile(wait)
+            self._loop.rung = block.rung
+            if block.compiled:
+                self._block = block
+
+    @property
+    def compiled(self) -> bool:
+        """Whether ticks run in a compiled loop."""
+        return self._block is not None or self._loop.compiled
 
     @property
     def rung(self) -> str:
@@ -141,6 +160,8 @@ class Engine:
 
     def status(self) -> str:
         """Say how it goes, in a few words."""
+        if self._block is not None:
+            return self._block.status()
         made = max(1, int(self.tuning.slot.min()))
         accept = self._record.accept[:made].mean().item()
         lost = int(self._record.divergent[:made].sum())
@@ -170,6 +191,7 @@ class Engine:
         adapts: bool,
         goes_on: bool = False,
         depth: int | None = None,
+        part: int = PART,
         watch: Watch,
     ) -> Draws:
         """Make transitions with each chain.
@@ -179,6 +201,7 @@ class Engine:
             adapts: Whether step sizes are adapted.
             goes_on: Whether adaptation goes on: then who calls says when to `begin` and `settle`.
             depth: Doublings allowed, if fewer than otherwise.
+            part: Transitions, after which chains wait for each other.
             watch: Told how far all chains are; ends the run.
 
         Returns:
@@ -187,19 +210,19 @@ class Engine:
         parts: list[Draws] = []
         made = 0
         while made < transitions:
-            goal = min(self._slots, transitions - made)
+            goal = min(self._slots, part, transitions - made)
             if adapts and not goes_on:
                 self.begin(goal)
-            part = self._run(
+            some = self._run(
                 goal, adapts, depth or self._depth, lambda now, made=made: watch(made + now)
             )
-            parts.append(part)
-            made += len(part)
-            if len(part) < goal:
+            parts.append(some)
+            made += len(some)
+            if len(some) < goal:
                 break
             if adapts and not goes_on:
                 self.settle()
-        pairs = ((getattr(part, name) for part in parts) for name in Draws.__annotations__)
+        pairs = ((getattr(some, name) for some in parts) for name in Draws.__annotations__)
         return Draws(*(torch.cat(list(values), 1) for values in pairs))
 
     def settle(self) -> None:
@@ -215,6 +238,8 @@ class Engine:
             value.zero_()
 
     def _run(self, goal: int, adapts: bool, depth: int, watch: Watch) -> Draws:
+        if self._block is not None:
+            return self._run_by_rows(self._block, goal, adapts, depth, watch)
         self._runs += 1
         stream = streams(substream(self._seed, self._runs), self._ids)
         start = nuts.begin(self._whitened(self._positions), self._white, stream, self._depth)
@@ -239,6 +264,72 @@ class Engine:
         energy, accept, *counts = (value[:made].T.contiguous() for value in written[1:])
         leaves, doublings, divergent = (value.long() for value in counts)
         return Draws(u, energy, accept, leaves, doublings, divergent.bool())
+
+    def _some_rows(self) -> Engine:
+        """Return chains of as many rows as are taken at a time, the first ones."""
+        columns = self._columns(0)
+        return Engine(
+            self._log_density.some(self._rows),
+            self._positions[:, columns],
+            seed=self._seed,
+            ids=self._ids[columns],
+            depth=self._depth,
+            target=float(self.tuning.target),
+            slots=self._slots,
+            dense=self._scale.ndim == 3,
+            steady=False,
+        )
+
+    def _columns(self, first: int) -> Tensor:
+        """Columns of the rows from some number on, the last row in place of those beyond it."""
+        rows = torch.arange(first, first + self._rows, device=self._ids.device)
+        rows = rows.clamp(max=self._log_density.targets - 1)
+        chains = torch.arange(0, len(self._ids), self._log_density.targets, device=rows.device)
+        return (chains.unsqueeze(1) + rows).flatten()
+
+    def _run_by_rows(
+        self, block: Engine, goal: int, adapts: bool, depth: int, watch: Watch
+    ) -> Draws:
+        """Make the transitions of some rows after those of others."""
+        rows, targets = self._rows, self._log_density.targets
+        firsts = range(0, targets, rows)
+        whole: Draws | None = None
+        for number, first in enumerate(firsts):
+            columns = self._columns(first)
+            block._take(self, columns)
+            made = block._run(
+                goal,
+                adapts,
+                depth,
+                lambda now, number=number: watch((number * goal + now) // len(firsts)),
+            )
+            own = torch.arange(len(columns), device=columns.device)  # those that stand for no other
+            own = own.unflatten(0, (-1, rows))[:, : targets - first].flatten()
+            if whole is None:
+                pairs = (getattr(made, name) for name in Draws.__annotations__)
+                whole = Draws(*(v.new_empty(len(self._ids), *v.shape[1:]) for v in pairs))
+            if len(made) < goal:  # ended, before the other rows have moved
+                whole = Draws(*(getattr(whole, name)[:, :0] for name in Draws.__annotations__))
+                break
+            for name in Draws.__annotations__:
+                getattr(whole, name)[columns[own]] = getattr(made, name)[own]
+            self._positions[:, columns[own]] = block._positions[:, own]
+            for name in ADAPTED:
+                getattr(self.tuning, name)[columns[own]] = getattr(block.tuning, name)[own]
+        self._runs += 1
+        assert whole is not None
+        return whole
+
+    def _take(self, whole: Engine, columns: Tensor) -> None:
+        """Go on with some columns of other chains."""
+        rows = columns[: self._log_density.targets]  # those of the first chain
+        self._log_density.take(rows, whole._log_density)
+        self._runs = whole._runs
+        self._ids = whole._ids[columns]
+        self._positions = whole._positions[:, columns]
+        self._scale.copy_(whole._scale[..., columns])
+        for name in ADAPTED:
+            getattr(self.tuning, name).copy_(getattr(whole.tuning, name)[columns])
 
     def _tick(self, *live: Tensor) -> tuple[Tensor]:
         """Run a tick, in place; return how many transitions all have made, NaN once they are done."""

@@ -66,6 +66,11 @@ class Loop:
             self.rung = f"compiled (torch {torch.__version__})"
             self._speed = 0.0
 
+    @property
+    def compiled(self) -> bool:
+        """Whether it is a compiled one."""
+        return self._library is not None
+
     def is_done(self) -> bool:
         """Run a block of ticks, and say whether all chains have done what was asked."""
         start = time.perf_counter()

@@ -45,6 +45,9 @@ Compile = bool | Literal["now"]
 Sampler = NUTS | GibbsWithGradients | SGHMC
 
 NUMBERS = 2**27  # that the chains of rows that are sampled together may hold
+CACHED = 2**18  # numbers that columns may hold which are run in turn, and
+COLUMNS = 128  # how few columns these may be
+ROUND = 128  # draws of all rows, after which they wait for each other
 TREE = 8  # leapfrog steps of a transition, as expected
 LEAPFROGS, TICKS = 20_000, 4_000  # expected of all chains, and of each: below, nothing is compiled
 
@@ -306,7 +309,13 @@ class _Task:
             raise KeyboardInterrupt
         noise = engine.noise() if isinstance(engine, Chains) else None
         warm = time.perf_counter()
-        draws = engine.run(self.draws, adapts=False, watch=lambda made: watch(self.warmup + made))
+        # Of rows in blocks only those draws are kept that all blocks have made.
+        often: dict[str, Any] = (
+            {} if first_row is None or not isinstance(engine, Engine) else {"part": ROUND}
+        )
+        draws = engine.run(
+            self.draws, adapts=False, watch=lambda made: watch(self.warmup + made), **often
+        )
         end = time.perf_counter()
         if len(draws) < min(4, self.draws):
             raise KeyboardInterrupt
@@ -369,8 +378,21 @@ class _Task:
             slots=slots,
             dense=self.sampler.dense,
             steady=True,
+            rows=self._rows_in_cache(density),
         )
         return engine, TREE
+
+    def _rows_in_cache(self, density: Density) -> int:
+        """How many rows a compiled loop takes at a time on a CPU; 0 for all of them.
+
+        As many as a core's own cache holds; then also fewer wait for the longest trajectories.
+        """
+        if density.targets == 1 or density.reason is not None or density.device.type != "cpu":
+            return 0
+        depth = self.nuts.max_depth if self.nuts else 0
+        column = 8 * density.size + (20 + 4 * depth) * density.dim
+        most = max(COLUMNS, CACHED // column) // self.chains
+        return 0 if density.targets <= 1.5 * most else _even(density.targets, most)
 
     def _compiles(self, leaves: float, made: int, columns: int) -> bool:
         """Whether the compiler pays, given the leapfrog steps of a transition and how many are made."""
@@ -434,7 +456,12 @@ def _rows_at_once(table: SiteTable, size: int, task: _Task) -> int:
     depth = task.nuts.max_depth if task.nuts else 0
     column = 8 * numbers + (20 + 4 * depth + PART) * latents
     most = max(1, int(NUMBERS / (column * task.chains)))
-    return -(-size // -(-size // most))
+    return _even(size, most)
+
+
+def _even(size: int, most: int) -> int:
+    """Return into parts of which size to divide, when none is to be larger than `most`."""
+    return -(-size // -(-size // max(1, most)))
 
 
 def _check_memory(table: SiteTable, draws: int) -> None:

@@ -223,6 +223,68 @@ def test_compiled_rows_of_a_network_are_those_of_the_graph() -> None:
     assert_close(compiled["z"], traced["z"], rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.usefixtures("compiles")
+@pytest.mark.parametrize("dense", [False, True])
+def test_rows_that_are_run_in_turn_draw_what_they_do_together(
+    dense: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ten rows in blocks of four: the last has two rows, and two that stand for no other."""
+    model = PPCA(data_dim=4, latent_dim=2)
+    x = model(size=10).detach()
+    sampler = NUTS(dense=dense, max_depth=3)
+    options: dict[str, Any] = {"rows": True, "draws": 7, "warmup": 20, "sampler": sampler}
+    monkeypatch.setattr(run, "CACHED", 0)
+    monkeypatch.setattr(run, "COLUMNS", 3 * 4)
+    monkeypatch.setattr(run, "ROUND", 5)
+    together = of(model, x, compile=False, **options)
+    sizes = []
+    begun = engine.Engine._take
+
+    def take(self: Any, whole: Any, columns: Tensor) -> None:
+        sizes.append(len(columns))
+        begun(self, whole, columns)
+
+    monkeypatch.setattr(engine.Engine, "_take", take)
+    in_turn = of(model, x, compile="now", **options)
+    assert in_turn.compiled.startswith("compiled")
+    assert set(sizes) == {3 * 4}
+    assert len(sizes) % 3 == 0
+    assert_close(in_turn["z"], together["z"], rtol=1e-6, atol=1e-6)
+    for name, value in together.statistics().items():
+        assert_close(getattr(in_turn, name), value, rtol=1e-6, atol=1e-6)
+    assert_close(in_turn.step_size, together.step_size, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.usefixtures("compiles")
+def test_ctrl_c_keeps_the_draws_that_all_rows_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = PPCA(data_dim=4, latent_dim=2)
+    x = model(size=10).detach()
+    options: dict[str, Any] = {"rows": True, "draws": 30, "warmup": 5, "compile": "now"}
+    monkeypatch.setattr(run, "CACHED", 0)
+    monkeypatch.setattr(run, "COLUMNS", 3 * 4)
+    monkeypatch.setattr(run, "ROUND", 10)
+    whole = of(model, x, **options)
+    begun, rounds = engine.Engine._take, []
+
+    def take(self: Any, all_rows: Any, columns: Tensor) -> None:
+        begun(self, all_rows, columns)
+        if bool(self.tuning.goal == 10.0):
+            rounds.append(len(columns))
+
+    def is_done(self: loop.Loop) -> bool:
+        if len(rounds) == 5:  # the second block of the second round
+            raise KeyboardInterrupt
+        return ended(self)
+
+    ended = loop.Loop.is_done
+    monkeypatch.setattr(engine.Engine, "_take", take)
+    monkeypatch.setattr(loop.Loop, "is_done", is_done)
+    part = of(model, x, **options)
+    assert part.interrupted
+    assert part.draws == 10
+    assert torch.equal(part["z"], whole["z"][:, :10])
+
+
 def regression() -> None:
     """So many rows that the products are left to a library of matrix products."""
     x = torch.sin(torch.arange(1500 * 12.0) ** 2).reshape(1500, 12)
