@@ -224,14 +224,13 @@ def test_compiled_rows_of_a_network_are_those_of_the_graph() -> None:
 
 
 @pytest.mark.usefixtures("compiles")
-@pytest.mark.parametrize("dense", [False, True])
 def test_rows_that_are_run_in_turn_draw_what_they_do_together(
-    dense: bool, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Ten rows in blocks of four: the last has two rows, and two that stand for no other."""
     model = PPCA(data_dim=4, latent_dim=2)
     x = model(size=10).detach()
-    sampler = NUTS(dense=dense, max_depth=3)
+    sampler = NUTS(dense=True, max_depth=3)
     options: dict[str, Any] = {"rows": True, "draws": 7, "warmup": 20, "sampler": sampler}
     monkeypatch.setattr(run, "CACHED", 0)
     monkeypatch.setattr(run, "COLUMNS", 3 * 4)
