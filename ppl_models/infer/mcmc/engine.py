@@ -89,7 +89,7 @@ class Engine:
         dim, chains = positions.shape
         self._log_density: Any = log_density
         self._rows = rows
-        self._block: Engine | None = None  # runs some of the rows at a time
+        self._block: Engine | None = None  # made by `compile`
         self._seed = seed
         self._ids = ids
         self._depth = depth
@@ -115,16 +115,14 @@ class Engine:
             self._loop.compile(wait, narrow=len(self._ids) <= NARROW)
             return
         if self._block is None:
-            block = self._some_rows()
-            block.compile(wait)
-            self._loop.rung = block.rung
-            if block.compiled:
-                self._block = block
+            self._block = self._some_rows()
+        self._block.compile(wait)
+        self._loop.rung = self._block.rung
 
     @property
-    def compiled(self) -> bool:
-        """Whether ticks run in a compiled loop."""
-        return self._block is not None or self._loop.compiled
+    def _compiled_block(self) -> Engine | None:
+        """What runs some of the rows at a time: only a compiled loop is the faster for it."""
+        return self._block if self._block is not None and self._block._loop.compiled else None
 
     @property
     def rung(self) -> str:
@@ -160,8 +158,8 @@ class Engine:
 
     def status(self) -> str:
         """Say how it goes, in a few words."""
-        if self._block is not None:
-            return self._block.status()
+        if block := self._compiled_block:
+            return block.status()
         made = max(1, int(self.tuning.slot.min()))
         accept = self._record.accept[:made].mean().item()
         lost = int(self._record.divergent[:made].sum())
@@ -238,8 +236,8 @@ class Engine:
             value.zero_()
 
     def _run(self, goal: int, adapts: bool, depth: int, watch: Watch) -> Draws:
-        if self._block is not None:
-            return self._run_by_rows(self._block, goal, adapts, depth, watch)
+        if block := self._compiled_block:
+            return self._run_by_rows(block, goal, adapts, depth, watch)
         self._runs += 1
         stream = streams(substream(self._seed, self._runs), self._ids)
         start = nuts.begin(self._whitened(self._positions), self._white, stream, self._depth)

@@ -200,9 +200,9 @@ def compiles() -> None:
         pytest.skip(reason)
 
 
-@pytest.mark.usefixtures("compiles")
-def test_compiled_chains_are_those_of_the_graph() -> None:
-    traced, compiled = (of(schools, draws=6, warmup=0, compile=c) for c in (False, "now"))
+def check_compiled(model: Any, **options: Any) -> Tensor:
+    """Compare draws of a compiled loop with those of the graph; return how long trajectories are."""
+    traced, compiled = (of(model, warmup=0, compile=c, **options) for c in (False, "now"))
     assert traced.compiled == "traced graph"
     assert compiled.compiled.startswith("compiled")
     for name, value in traced.items():
@@ -210,6 +210,12 @@ def test_compiled_chains_are_those_of_the_graph() -> None:
     assert traced.leapfrogs is not None
     assert compiled.leapfrogs is not None
     assert torch.equal(traced.leapfrogs, compiled.leapfrogs)
+    return compiled.leapfrogs
+
+
+@pytest.mark.usefixtures("compiles")
+def test_compiled_chains_are_those_of_the_graph() -> None:
+    check_compiled(schools, draws=6)
 
 
 @pytest.mark.usefixtures("compiles")
@@ -252,6 +258,21 @@ def test_rows_that_are_run_in_turn_draw_what_they_do_together(
     for name, value in together.statistics().items():
         assert_close(getattr(in_turn, name), value, rtol=1e-6, atol=1e-6)
     assert_close(in_turn.step_size, together.step_size, rtol=1e-6, atol=1e-6)
+
+
+def test_without_a_compiler_all_rows_are_run_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = PPCA(data_dim=4, latent_dim=2)
+    x = model(size=10).detach()
+    monkeypatch.setattr(run, "CACHED", 0)
+    monkeypatch.setattr(run, "COLUMNS", 3 * 4)
+    monkeypatch.setenv("PPL_MODELS_COMPILER", "none")
+    made = []
+    some = engine.Engine._some_rows
+    monkeypatch.setattr(engine.Engine, "_some_rows", lambda self: made.append(self) or some(self))
+    asked = of(model, x, rows=True, draws=5, compile="now")
+    assert asked.compiled.startswith("traced graph; not compiled")
+    assert same(asked, of(model, x, rows=True, draws=5, compile=False))
+    assert len(made) == 1
 
 
 @pytest.mark.usefixtures("compiles")
@@ -306,17 +327,8 @@ def network() -> None:
 @pytest.mark.usefixtures("compiles")
 @pytest.mark.parametrize(("model", "chains"), [(regression, 4), (network, 9)])
 def test_compiled_chains_with_products_are_those_of_the_graph(model: Any, chains: int) -> None:
-    traced, compiled = (
-        of(model, chains=chains, draws=4, warmup=0, compile=c, sampler=NUTS(max_depth=5))
-        for c in (False, "now")
-    )
-    assert compiled.compiled.startswith("compiled")
-    for name, value in traced.items():
-        assert_close(compiled[name], value, rtol=1e-6, atol=1e-6)
-    assert traced.leapfrogs is not None
-    assert compiled.leapfrogs is not None
-    assert torch.equal(traced.leapfrogs, compiled.leapfrogs)
-    assert compiled.leapfrogs.sum(1).max() > 4  # ticks in one call of the loop
+    lengths = check_compiled(model, chains=chains, draws=4, sampler=NUTS(max_depth=5))
+    assert lengths.sum(1).max() > 4  # ticks in one call of the loop
 
 
 def test_what_may_change_is_read_anew_by_a_recorded_density() -> None:
